@@ -1,0 +1,1 @@
+"""Clips in, batches out. The only package that touches clips."""

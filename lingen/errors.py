@@ -1,0 +1,32 @@
+"""Errors that the user can mend: one line that names the key, the value and what would be right; exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(Exception):
+    """Something that the user asked for cannot be done. The message is shown as one line, without a traceback."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A hint for a misspelt name: ``"; did you mean 'lr'?"``, else the known names, else nothing."""
+    known = sorted(candidates)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's main. A ``UserError`` becomes one line on stderr and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(code or 0)
