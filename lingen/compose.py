@@ -113,7 +113,9 @@ def _section_of(annotation: Any) -> Any:
 def _explain(error: Exception) -> str:
     """One line out of Hydra's several, with the nearest name where a group or a key is unknown."""
     text = " ".join(str(error).split())
-    unknown_option = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+': (.+?)(?: Config search|$)", text)
+    unknown_option = re.search(
+        r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+': (.+?)(?: Config search|$)", text
+    )
     if unknown_option:
         group, name, options = unknown_option.groups()
         return f"{group}={name} does not exist{nearest(name, options.split())}"

@@ -35,7 +35,11 @@ class MateConfig(Section):
     """The MATE block (LinGen, section 3). What the paper does not publish is ours; docs/models.md gives the reasons."""
 
     window: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)  # TESA window (T, H, W) in tokens: 256 tokens
-    review_pool: tuple[PositiveInt, PositiveInt, PositiveInt] = (2, 2, 2)  # average pooling that makes the review tokens
+    review_pool: tuple[PositiveInt, PositiveInt, PositiveInt] = (
+        2,
+        2,
+        2,
+    )  # average pooling that makes the review tokens
     expand: PositiveInt = 2
     mamba_head_dim: PositiveInt = 64
     conv_kernel: PositiveInt = 4
@@ -298,7 +302,9 @@ def geometry_problems(config: Config, shape: BucketConfig) -> list[str]:
         if size % multiple:
             low = size // multiple * multiple
             near = f"{low} or {low + multiple}" if low else str(multiple)
-            problems.append(f"{axis}={size} is not a multiple of {multiple} (autoencoder.space * size.patch); nearest: {near}")
+            problems.append(
+                f"{axis}={size} is not a multiple of {multiple} (autoencoder.space * size.patch); nearest: {near}"
+            )
     return problems
 
 

@@ -21,7 +21,7 @@ def sigma_schedule(steps: int, shift: float) -> torch.Tensor:
 
 
 def euler(denoise: Denoise, noise: torch.Tensor, sigmas: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Euler's method: one call of ``denoise`` a step. Yields the sample after every step; the last one is the result."""
+    """Euler's method: one call of ``denoise`` a step. Yields the sample after each; the last is the result."""
     x = noise  # (B, C, T, H, W)
     for here, there in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
         sigma = torch.full((x.shape[0],), here, device=x.device)  # (B,)

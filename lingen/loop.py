@@ -1,0 +1,239 @@
+"""The stage loop: the one place that sees configuration, data, models, engine, checkpoints and metrics together.
+
+A curriculum equals its stages run one by one with ``init_from``: every stage builds its engine anew and begins at a
+checkpoint on disk. The counters run on; the order of the data begins anew with each stage.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from data.batch import Batch
+from data.pipeline import holdout_batches
+from data.shards import Index, load_index
+from lingen import checkpoint
+from lingen.begin import StageState, Start, begin_stage, find_start, read_progress
+from lingen.config import BucketConfig, Config, StageConfig, token_grid
+from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
+from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, init
+from lingen.errors import UserError
+from lingen.flow import bucket_shift
+from lingen.metrics import Metrics
+from lingen.plan import TRAIN_FLOPS, make_plan, print_plan, refuse_impossible
+from lingen.runfolder import (
+    architecture,
+    dump_config,
+    export_folder,
+    refuse_other_experiment,
+    run_folder,
+    stage_folder,
+    write_aside,
+)
+from lingen.step import StepResult, train_step
+from lingen.validation import validate
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all stages."""
+
+    config: Config
+    dist: Dist
+    index: Index
+    metrics: Metrics
+    stop: StopSignal
+
+
+def dry_run(config: Config) -> int:
+    """Print the plan of every stage; build nothing, write nothing."""
+    print_plan(config, make_plan(config, load_index(config.data.path)))
+    return 0
+
+
+def train(config: Config, stop: StopSignal) -> int:
+    """Train every stage that is not finished yet. Returns 0, or ``EXIT_PREEMPTED`` after a signal and its save.
+
+    Raises:
+        UserError: before anything is allocated, where the configuration and what lies on disk cannot work together.
+    """
+    index = load_index(config.data.path)
+    dist = init(config.engine.device)
+    refuse_impossible(config, make_plan(config, index), dist.world)
+    refuse_other_experiment(config)
+    stages, start = find_start(config)
+    if not stages:
+        print(f"{run_folder(config)} is finished: every stage has its final checkpoint")
+        return 0
+    progress = read_progress(start)
+    if dist.rank == 0:
+        write_aside(run_folder(config) / "config.yaml", dump_config(config))
+    metrics = Metrics(
+        run_folder(config),
+        config.logger,
+        run_name=config.name,
+        run_config=config.model_dump(mode="json"),
+        rank=dist.rank,
+        resume_step=progress.step,
+        total_samples=progress.samples - progress.stage_samples + sum(stage.samples for stage in stages),
+    )
+    run = Run(config, dist, index, metrics, stop)
+    try:
+        for stage in stages:
+            final = train_stage(run, stage, start)
+            if final is None:
+                return EXIT_PREEMPTED
+            start = Start(final, resume=False)
+    finally:
+        metrics.close()
+        dist.close()
+    return 0
+
+
+def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
+    """Train one stage to its end. Returns its final checkpoint, or None where a signal stopped it, after a save."""
+    state = begin_stage(run.config, stage, start, run.index, run.dist)
+    if not start.resume:
+        log_transfer(run, stage, state, start)
+        log_validation(run, stage, state, "start")
+    waiting_since = time.perf_counter()
+    for batches in state.loader:
+        data_wait = time.perf_counter() - waiting_since
+        result = take_step(run, stage, state, batches, data_wait)
+        done = is_complete(stage, state.progress)
+        if done:
+            log_validation(run, stage, state, "end")
+        elif due(run.config.validation.every_steps, state.progress):
+            log_validation(run, stage, state, "interval")
+        if done or result.stop or due(run.config.checkpoint.every_steps, state.progress):
+            folder = save(run, stage, state, final=done)
+            if done:
+                return folder
+            if result.stop:
+                return None
+        waiting_since = time.perf_counter()
+    raise AssertionError("a loader has no end")
+
+
+def due(every: int, progress: Progress) -> bool:
+    """Whether something that happens every so many steps of a stage (0: never) happens now."""
+    return every > 0 and progress.stage_step % every == 0
+
+
+def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Batch], data_wait: float) -> StepResult:
+    """One optimizer step, the weight average, the counters and the record."""
+    config, began = run.config, time.perf_counter()
+    bucket = bucket_named(stage, str(batches[0].bucket))
+    grid = token_grid(config, bucket.frames, bucket.height, bucket.width)
+    tokens = prod(grid)
+    lr = learning_rate(stage, state.progress.stage_samples)
+    result = train_step(
+        state.networks,
+        batches,
+        lr=lr,
+        seed=config.seed,
+        samples_seen=state.progress.samples,
+        shift=stage.timestep_shift or bucket_shift(tokens, config.flow),
+        flow=config.flow,
+        dist=run.dist,
+        stop_asked=run.stop.asked,
+    )
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise UserError(
+            f"step {state.progress.step + 1} of stage {stage.name}: loss={result.loss}, grad_norm={result.grad_norm}; "
+            f"nothing of it was saved. Lower stages.{stage.name}.lr={stage.lr:g} or optim.grad_clip, then run again"
+        )
+    step_time = time.perf_counter() - began
+    state.progress = state.progress.after(
+        samples=bucket.batch_size,
+        tokens=bucket.batch_size * tokens,
+        flops=TRAIN_FLOPS * bucket.batch_size * state.networks.forward_flops(grid),
+        hours=(step_time + data_wait) / 3600,
+    )
+    state.ema.update(state.progress.samples, bucket.batch_size)
+    if state.progress.step % config.logger.every_steps == 0:
+        run.metrics.log(
+            counters("train", stage, state.progress)
+            | {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "step_time_s": step_time,
+                "data_wait_s": data_wait,
+                "tokens_per_s": bucket.batch_size * tokens / (step_time + data_wait),
+                "bucket": str(bucket),
+                "valid": result.valid,
+            }
+        )
+    return result
+
+
+def counters(kind: str, stage: StageConfig, progress: Progress) -> dict[str, Any]:
+    """The part that all records share; scripts/compare.py reads them."""
+    return {"kind": kind, "stage": stage.name, **progress.as_dict()}
+
+
+def log_transfer(run: Run, stage: StageConfig, state: StageState, start: Start) -> None:
+    """Write down where the stage came from."""
+    entry = state.lineage[-1]
+    record = counters("transfer", stage, state.progress)
+    run.metrics.log(record | {"from": entry["from_stage"], "checkpoint": entry["from_checkpoint"]})
+
+
+def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> None:
+    """Measure the stage's buckets on the held-out set; ``at`` is 'start', 'interval' or 'end'."""
+    config = run.config
+    if not config.validation.every_steps:
+        return
+
+    def held_out(bucket: BucketConfig) -> Iterator[Batch]:
+        return holdout_batches(
+            run.index,
+            bucket,
+            stage.fps,
+            config.data,
+            limit=config.validation.samples,
+            batch_size=config.validation.batch_size,
+            rank=run.dist.rank,
+            world=run.dist.world,
+        )
+
+    measured = validate(state.networks, stage, held_out, config.validation, run.dist)
+    run.metrics.log(counters("validation", stage, state.progress) | measured | {"at": at})
+
+
+def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Path:
+    """Write a checkpoint, let the oldest go, and export the weight average where the stage is finished."""
+    config = run.config
+    run.metrics.sync()
+    folder = checkpoint.save(
+        stage_folder(config, stage.name),
+        state.networks.engine,
+        state.ema,
+        run.dist,
+        stage=stage.name,
+        step=state.progress.step,
+        samples=state.progress.samples,
+        tokens=state.progress.tokens,
+        zero_stage=config.engine.zero_stage,
+        architecture=architecture(config),
+        state={
+            "progress": state.progress.as_dict(),
+            "position": state.loader.position.as_dict(),
+            "lineage": state.lineage,
+            "data_fingerprint": run.index.fingerprint,
+            "autoencoder_fingerprint": state.networks.autoencoder.fingerprint,
+        },
+        final=final,
+    )
+    if run.dist.rank == 0:
+        checkpoint.prune(stage_folder(config, stage.name), config.checkpoint.keep_last)
+        if final:
+            checkpoint.export(folder, export_folder(config, stage.name), config.model_dump(mode="json"))
+    run.dist.barrier()
+    return folder

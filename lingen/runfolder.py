@@ -1,0 +1,104 @@
+"""The folder of a run: runs/NAME/{config.yaml,metrics.jsonl,checkpoints/STAGE/...,export/STAGE/...}."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lingen.compose import validate
+from lingen.config import Config
+from lingen.errors import UserError
+
+# What a run may not change from one start to the next: with another value it would be another experiment.
+FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema")
+# ... except for where a file lies, and what only a start's speed depends on.
+FREE = {"autoencoder": {"path"}, "text": {"path", "cache"}}
+
+
+def run_folder(config: Config) -> Path:
+    """runs/NAME."""
+    return Path(config.runs_dir) / config.name
+
+
+def stage_folder(config: Config, stage: str) -> Path:
+    """Where a stage's checkpoints are."""
+    return run_folder(config) / "checkpoints" / stage
+
+
+def export_folder(config: Config, stage: str) -> Path:
+    """Where a finished stage's EMA weights are."""
+    return run_folder(config) / "export" / stage
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """What a checkpoint's weights fit: the model, its size, and the latents and text that it sees."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "size": config.size.model_dump(mode="json"),
+        "latent": config.autoencoder.model_dump(mode="json", include={"channels", "time", "space"}),
+        "text": {"dim": config.text.dim},
+    }
+
+
+def read_config(path: Path) -> Config:
+    """The config.yaml of a run or an export.
+
+    Raises:
+        UserError: it is missing or does not fit the schema.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    return validate(Config, tree)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` is either the old file or the whole new one, also after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def refuse_other_experiment(config: Config) -> None:
+    """A run folder holds one experiment.
+
+    Raises:
+        UserError: the folder's config.yaml differs in a part that would make this another experiment.
+    """
+    path = run_folder(config) / "config.yaml"
+    if not path.exists():
+        return
+    there = read_config(path)
+    for section in FIXED:
+        before, now = (_comparable(section, getattr(c, section)) for c in (there, config))
+        if before != now:
+            raise UserError(
+                f"name={config.name}: {run_folder(config)} holds a run with {_difference(section, before, now)}; "
+                "choose another name, or the settings it was started with"
+            )
+
+
+def _comparable(section: str, value: Any) -> Any:
+    return value.model_dump(mode="json", exclude=FREE.get(section)) if hasattr(value, "model_dump") else value
+
+
+def _difference(path: str, before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+        return _difference(f"{path}.{key}", before.get(key), now.get(key))
+    return f"{path}={before}, not {now}"
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML; ``read_config`` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,66 @@
+"""A loss that can be compared between models, stages and runs: fixed held-out samples, fixed sigmas, fixed noise.
+
+The training loss is confounded by the timestep shift and by the mix of buckets; this one is not. Its random numbers
+depend on nothing but the sample's number in the held-out set and the sigma's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from data.batch import Batch
+from lingen.config import BucketConfig, StageConfig, ValidationConfig
+from lingen.curriculum import bucket_shares
+from lingen.dist import Dist
+from lingen.flow import generator, interpolate, sample_losses
+from lingen.step import Networks
+
+HeldOut = Callable[[BucketConfig], Iterator[Batch]]  # a bucket -> this rank's held-out batches, anew at each call
+
+
+def fixed_sigmas(config: ValidationConfig) -> torch.Tensor:
+    """The centres of ``config.sigmas`` equal parts of (0, 1), rising: (S,)."""
+    return (torch.arange(config.sigmas) + 0.5) / config.sigmas
+
+
+@torch.no_grad()
+def bucket_losses(networks: Networks, batches: Iterator[Batch], sigmas: torch.Tensor, dist: Dist) -> torch.Tensor:
+    """The mean loss at each sigma over one bucket's held-out samples: (S,) fp64, the same on every rank."""
+    totals = torch.zeros(len(sigmas) + 1, dtype=torch.float64, device=networks.device)  # a sum a sigma, then the count
+    for batch in batches:
+        latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
+        text = networks.text.encode(batch.captions)
+        valid = batch.valid.to(networks.device, torch.float64)  # (B,)
+        for i, sigma in enumerate(sigmas.tolist()):
+            noise = torch.stack(
+                [
+                    torch.randn(latents.shape[1:], generator=generator("cpu", "validation", int(n), i))
+                    for n in batch.positions
+                ]
+            ).to(networks.device)
+            sigma_each = torch.full((len(latents),), sigma, device=networks.device)
+            velocity = networks.velocity(interpolate(latents, noise, sigma_each), sigma_each, text)
+            totals[i] += (sample_losses(velocity, latents, noise).double() * valid).sum()
+        totals[-1] += valid.sum()
+    dist.all_reduce_sum(totals)
+    return (totals[:-1] / totals[-1].clamp(min=1)).cpu()
+
+
+def validate(
+    networks: Networks, stage: StageConfig, held_out: HeldOut, config: ValidationConfig, dist: Dist
+) -> dict[str, Any]:
+    """The validation record of a stage: ``loss`` (mean over the buckets by their share), ``bucket_loss`` and
+    ``bin_loss`` (mean over bins of neighbouring sigmas, from the data to the noise)."""
+    sigmas = fixed_sigmas(config)
+    losses = {str(b): bucket_losses(networks, held_out(b), sigmas, dist) for b in stage.buckets}
+    shares = torch.tensor(bucket_shares(stage), dtype=torch.float64)  # (buckets,)
+    by_sigma = torch.stack([losses[str(bucket)] for bucket in stage.buckets])  # (buckets, S)
+    mixed = shares @ by_sigma  # (S,)
+    return {
+        "loss": mixed.mean().item(),
+        "bucket_loss": {name: loss.mean().item() for name, loss in losses.items()},
+        "bin_loss": mixed.view(config.bins, -1).mean(1).tolist(),
+    }
