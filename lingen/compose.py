@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
@@ -44,14 +45,21 @@ def compose(overrides: list[str]) -> Config:
 
 
 def parse(schema: type[Schema], words: list[str]) -> Schema:
-    """Validate a script's ``key=value`` words; values are read as YAML, so ``runs=[a,b]`` is a list."""
+    """Validate a script's ``key=value`` words. Values are read as YAML, so ``runs=[a,b]`` is a list; but text stays
+    text where the schema asks for it, so that a prompt may hold any character."""
+    tree: dict[str, Any] = {}
     for word in words:
-        if "=" not in word:
+        key, equals, value = word.partition("=")
+        if not equals:
             raise UserError(f"'{word}' is not key=value{nearest(word, schema.model_fields)}")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error)) from error
+        field = schema.model_fields.get(key)
+        if field is not None and field.annotation is str:
+            tree[key] = value
+            continue
+        try:
+            tree[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}={value} cannot be read: {error}") from error
     return validate(schema, tree)
 
 
@@ -93,21 +101,22 @@ def _describe(schema: type[BaseModel], error: Any) -> str:
 
 
 def _schema_at(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The section that a path of keys leads to."""
+    """The section that a path of keys leads to; a key may also be a place in a list or a name in a dict."""
     here: Any = schema
     for key in path:
-        if isinstance(here, type) and issubclass(here, BaseModel):
-            field = here.model_fields.get(str(key))
-            here = _section_of(field.annotation) if field else None
-    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+        if typing.get_origin(here) in (list, dict):
+            here = typing.get_args(here)[-1]
+        elif _is_section(here) and str(key) in here.model_fields:
+            here = here.model_fields[str(key)].annotation
+        else:
+            return None
+        if typing.get_origin(here) in (typing.Union, types.UnionType):
+            here = next((kind for kind in typing.get_args(here) if _is_section(kind)), None)
+    return here if _is_section(here) else None
 
 
-def _section_of(annotation: Any) -> Any:
-    """The section inside ``list[X]``, ``dict[str, X]`` or ``X | None``, or the annotation itself."""
-    if typing.get_origin(annotation) in (list, dict, typing.Union, types.UnionType, typing.Annotated):
-        inner = [_section_of(a) for a in typing.get_args(annotation)]
-        return next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return annotation
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _explain(error: Exception) -> str:

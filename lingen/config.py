@@ -292,8 +292,9 @@ def geometry_problems(config: Config, shape: BucketConfig) -> list[str]:
     problems = []
     if (shape.frames - 1) % ratio:
         low = (shape.frames - 1) // ratio * ratio + 1
+        near = f"{low} or {low + ratio}"
         problems.append(
-            f"frames={shape.frames} is not {ratio}*k + 1, as autoencoder.time={ratio} needs; nearest: {low} or {low + ratio}"
+            f"frames={shape.frames} is not {ratio}*k + 1, as autoencoder.time={ratio} needs; nearest: {near}"
         )
     elif ((shape.frames - 1) // ratio + 1) % patch_t:
         problems.append(f"frames={shape.frames} gives latent frames that size.patch[0]={patch_t} does not divide")

@@ -1,0 +1,116 @@
+"""From a prompt to frames: an exported model with its autoencoder and text encoder.
+
+Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from lingen import checkpoint
+from lingen.autoencoder import Autoencoder, load_autoencoder
+from lingen.config import BucketConfig, Config, StageConfig, geometry_problems, latent_shape, token_grid
+from lingen.errors import UserError
+from lingen.flow import bucket_shift, generator
+from lingen.models import Backbone, make_model
+from lingen.runfolder import read_config
+from lingen.sampling.guidance import guided
+from lingen.sampling.solver import euler, sigma_schedule
+from lingen.text import TextEncoder, load_text_encoder
+
+
+@dataclass(frozen=True)
+class LinGenPipeline:
+    """A trained LinGen or DiT, ready to sample."""
+
+    config: Config
+    stage: StageConfig  # the last stage that the weights were trained in
+    model: Backbone
+    autoencoder: Autoencoder
+    text: TextEncoder
+    device: torch.device
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str = "cpu", autoencoder: str | None = None
+    ) -> LinGenPipeline:
+        """Load the EMA weights of an export, of a run folder (its last finished stage), or of a checkpoint.
+
+        ``autoencoder`` names the autoencoder's file where it is no longer where the run found it.
+
+        Raises:
+            UserError: nothing that can be loaded is there, or it is incomplete.
+        """
+        source = checkpoint.weights_source(Path(path))
+        config = read_config(source.config)
+        if autoencoder is not None:
+            moved = config.autoencoder.model_copy(update={"path": autoencoder})
+            config = config.model_copy(update={"autoencoder": moved})
+        place = torch.device(device)
+        text = load_text_encoder(config.text, place)
+        with torch.device("meta"):
+            model = make_model(config, text_dim=text.dim)
+        model.load_state_dict(source.load(), assign=True)
+        return cls(
+            config,
+            config.stages[source.stage],
+            model.to(place).eval(),
+            load_autoencoder(config.autoencoder, place),
+            text,
+            place,
+        )
+
+    def default_shape(self) -> BucketConfig:
+        """The largest bucket of the last stage."""
+        return max(self.stage.buckets, key=lambda b: b.frames * b.height * b.width)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        seeds: Sequence[int] = (0,),
+        progress: bool = True,
+    ) -> torch.Tensor:
+        """Sample one video a prompt; the video of a prompt depends on its seed alone, not on its batch.
+
+        ``seeds`` has one seed a prompt, or one for all. Returns (B, 3, F, H, W) uint8 on the CPU.
+
+        Raises:
+            UserError: a shape that the autoencoder or the patching cannot take.
+        """
+        shape = BucketConfig(frames=frames, height=height, width=width, batch_size=1)
+        for problem in geometry_problems(self.config, shape):
+            raise UserError(problem)
+        sampler = self.config.sampler
+        scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
+        negative = sampler.negative_prompt if negative_prompt is None else negative_prompt
+        each = list(seeds) * len(prompts) if len(seeds) == 1 else list(seeds)
+        channels_first = (self.config.autoencoder.channels, *latent_shape(self.config, frames, height, width))
+        noise = torch.stack([torch.randn(channels_first, generator=generator("cpu", "sample", s)) for s in each])
+        denoise = guided(self.model, self._encode(prompts), self._encode([negative] * len(prompts)), scale)
+        tokens = prod(token_grid(self.config, frames, height, width))
+        shift = self.stage.timestep_shift or bucket_shift(tokens, self.config.flow)
+        sigmas = sigma_schedule(sampler.steps if steps is None else steps, shift)
+        latents = noise.to(self.device)
+        walk = euler(denoise, latents, sigmas)
+        for latents in track(walk, "sampling", total=len(sigmas) - 1, disable=not progress, transient=True):
+            pass
+        pixels = self.autoencoder.decode(latents)  # (B, 3, F, H, W) in [-1, 1]
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+
+    def _encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        states, mask = self.text.encode(list(captions))
+        return states.to(self.device), mask.to(self.device)
