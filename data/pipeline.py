@@ -1,0 +1,327 @@
+"""The resumable loader: which samples a step trains on, and how they reach this rank.
+
+The order is a pure function. Of a bucket's stream, global sample number g is sample g % M of epoch g // M, M being
+the bucket's samples. A step takes the next G = batch_size numbers of one bucket; rank r of W takes the r-th of W equal
+parts of them, cut into micro-batches. So the whole state is how many samples of each bucket were consumed: ranks,
+workers and restarts change who decodes a sample, never which samples a step sees.
+
+Shapes: B samples of a micro-batch, F frames, H height, W width; M samples of a bucket, N of the index.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.batch import Batch, Bucket
+from data.buckets import (
+    Floats,
+    Ints,
+    Mask,
+    bucket_of_step,
+    eligible,
+    epoch_order,
+    key_hashes,
+    split,
+    starts,
+    stream_seed,
+)
+from data.decode import BadSample, decode_clip
+from data.shards import Index, read_member
+from lingen.config import BucketConfig, DataConfig, StageConfig
+from lingen.errors import UserError
+
+GREY = 128  # pixels of a hole
+PADDING = -1  # in the place of a row: a hole that fills up a batch
+ENOUGH_READ = 100  # samples, before the share of bad ones says anything
+SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stage stands: its steps, and for each bucket (by its name, such as "17x64x64") the samples consumed."""
+
+    step: int = 0
+    consumed: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "consumed": dict(self.consumed)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Position:
+        return cls(int(state["step"]), {str(key): int(count) for key, count in state["consumed"].items()})
+
+    def after(self, bucket: BucketConfig) -> Position:
+        """The position when a step of this bucket is done."""
+        name = str(bucket)
+        return Position(self.step + 1, {**self.consumed, name: self.consumed.get(name, 0) + bucket.batch_size})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One micro-batch to decode."""
+
+    bucket: Bucket
+    fps: float
+    rows: Ints  # (B,) of the index
+    starts: Floats  # (B,) where each clip's window lies
+    positions: Ints  # (B,) in the global batch
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A sample that could not be used, and why."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+class StageLoader:
+    """The batches of one stage for one rank, from a position on.
+
+    Iterating gives one list per optimizer step: ``grad_accumulation`` micro-batches of one bucket. It ends when the
+    stage's samples are consumed. ``position`` stands after the steps handed out so far, ``bad`` counts this rank's
+    holes by reason since it started (both are rank-local: the rank that goes over the limit on their share raises).
+
+    Args:
+        bad_log: folder for bad-RANK.jsonl, to which every hole is appended; None writes no log.
+
+    Raises:
+        UserError: a bucket is empty, or its batch_size is not a multiple of world * grad_accumulation; and on
+            iterating, more than ``data.max_bad_share`` of the samples read are bad (judged from 100 samples on).
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        stage: StageConfig,
+        data: DataConfig,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        grad_accumulation: int,
+        position: Position | None = None,
+        bad_log: Path | None = None,
+    ) -> None:
+        self.index, self.stage, self.data = index, stage, data
+        self.rank, self.world, self.grad_accumulation = rank, world, grad_accumulation
+        self.position = position or Position()
+        self.bad: Counter[str] = Counter()
+        self.read = 0  # samples, by this rank since it started
+        self._bad_log = bad_log / f"bad-{rank}.jsonl" if bad_log else None
+        for bucket in stage.buckets:
+            if bucket.batch_size % (world * grad_accumulation):
+                raise UserError(
+                    f"stage {stage.name}: bucket {bucket} has batch_size={bucket.batch_size}, which is not a multiple "
+                    f"of {world} ranks * engine.grad_accumulation={grad_accumulation}"
+                )
+        train, _ = split(index, data.holdout_share)
+        self._streams = [_Stream(index, bucket, train, stage, data, seed) for bucket in stage.buckets]
+        _check_shared_memory(stage, data, world * grad_accumulation)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = decode(self.index, self.data, self._jobs())
+        for stream, _ in self._steps():
+            micro_batches = []
+            for _ in range(self.grad_accumulation):
+                batch, holes = next(batches)
+                self._account(batch, holes)
+                micro_batches.append(batch)
+            self.position = self.position.after(stream.bucket)
+            yield micro_batches
+
+    def _steps(self) -> Iterator[tuple[_Stream, int]]:
+        """For each step from the position to the stage's end: its stream, and the first sample number it takes."""
+        position, shares = self.position, [bucket.share for bucket in self.stage.buckets]
+        while sum(position.consumed.values()) < self.stage.samples:
+            stream = self._streams[bucket_of_step(shares, position.step)]
+            yield stream, position.consumed.get(str(stream.bucket), 0)
+            position = position.after(stream.bucket)
+
+    def _jobs(self) -> Iterator[Job]:
+        """This rank's micro-batches, in order; the workers run ahead of the steps handed out."""
+        for stream, first in self._steps():
+            for places in rank_slices(stream.bucket.batch_size, self.rank, self.world, self.grad_accumulation):
+                yield stream.job(first, places)
+
+    def _account(self, batch: Batch, holes: list[Hole]) -> None:
+        self.read += len(batch.keys)
+        self.bad.update(hole.reason for hole in holes)
+        if holes and self._bad_log:
+            self._bad_log.parent.mkdir(parents=True, exist_ok=True)
+            with self._bad_log.open("a") as log:
+                log.writelines(json.dumps({"step": self.position.step, **vars(hole)}) + "\n" for hole in holes)
+        count = self.bad.total()
+        if self.read >= ENOUGH_READ and count > self.data.max_bad_share * self.read:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common())
+            raise UserError(
+                f"{count} of {self.read} samples read are bad ({reasons}), more than data.max_bad_share="
+                f"{self.data.max_bad_share}" + (f"; {self._bad_log} names them" if self._bad_log else "")
+            )
+
+
+def rank_slices(batch_size: int, rank: int, world: int, grad_accumulation: int) -> list[Ints]:
+    """The positions in the global batch of each of a rank's micro-batches."""
+    part = np.arange(batch_size, dtype=np.int64).reshape(world, grad_accumulation, -1)
+    return list(part[rank])
+
+
+class _Stream:
+    """The endless sequence of samples of one bucket, epoch after epoch."""
+
+    def __init__(
+        self, index: Index, bucket: BucketConfig, train: Mask, stage: StageConfig, data: DataConfig, seed: int
+    ) -> None:
+        self.bucket, self.fps = bucket, stage.fps
+        self.shape = Bucket(bucket.frames, bucket.height, bucket.width)
+        fits = eligible(index, self.shape, fps=stage.fps, data=data)
+        self.members = fits[train[fits]]  # (M,)
+        if not len(self.members):
+            raise UserError(
+                f"stage {stage.name}: bucket {bucket} is empty: {_why_empty(index, self.shape, stage.fps, data)}"
+            )
+        self._shards, self._window = index.shard, data.window_shards
+        self._seed = stream_seed(seed, stage.name, str(bucket))
+        self._orders: dict[int, Ints] = {}  # epoch -> (M,); the two that a batch may span
+
+    def job(self, first: int, positions: Ints) -> Job:
+        """The samples at ``positions`` of the global batch that begins with number ``first``."""
+        numbers = first + positions  # (B,)
+        epochs, offsets = np.divmod(numbers, len(self.members))
+        rows = np.array([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
+        return Job(self.shape, self.fps, rows, starts(self._seed, numbers), positions)
+
+    def _order(self, epoch: int) -> Ints:
+        if epoch not in self._orders:
+            order = epoch_order(self.members, self._shards, seed=self._seed, epoch=epoch, window_shards=self._window)
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: order}
+        return self._orders[epoch]
+
+
+class Count(NamedTuple):
+    """Samples that can fill a bucket."""
+
+    train: int
+    holdout: int
+
+
+def check_buckets(index: Index, stages: Mapping[str, StageConfig], data: DataConfig) -> dict[str, dict[str, Count]]:
+    """For each stage and each of its buckets (by name): how many samples there are to train and to validate on."""
+    train, holdout = split(index, data.holdout_share)
+    counts: dict[str, dict[str, Count]] = {}
+    for key, stage in stages.items():
+        counts[key] = {}
+        for bucket in stage.buckets:
+            fits = eligible(index, Bucket(bucket.frames, bucket.height, bucket.width), fps=stage.fps, data=data)
+            counts[key][str(bucket)] = Count(int(train[fits].sum()), int(holdout[fits].sum()))
+    return counts
+
+
+def holdout_batches(
+    index: Index, bucket: Bucket, fps: float, data: DataConfig, *, limit: int, batch_size: int, rank: int, world: int
+) -> Iterator[Batch]:
+    """A bucket's fixed validation set: the first ``limit`` held-out samples by the hash of their key, in that order.
+
+    The window lies in the middle of each clip. ``positions`` are the places in the set; rank r has r, r + W, r + 2W ...
+    Every rank gets equally many and equally large batches: where the set does not divide, holes fill it up (their
+    positions go on after the set's last), so that collective calls stay in step. Empty where nothing is held out.
+    """
+    _, holdout = split(index, data.holdout_share)
+    fits = eligible(index, bucket, fps=fps, data=data)
+    rows = fits[holdout[fits]]  # (M,)
+    rows = rows[np.argsort(key_hashes([index.key[i] for i in rows]), kind="stable")][:limit]
+    rows = np.concatenate([rows, np.full(-len(rows) % world, PADDING)])[rank::world]
+    jobs = (
+        Job(bucket, fps, part, np.full(len(part), 0.5), rank + world * np.arange(at, at + len(part)))
+        for at in range(0, len(rows), batch_size)
+        for part in [rows[at : at + batch_size]]
+    )
+    return (batch for batch, _ in decode(index, data, jobs))
+
+
+def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tuple[Batch, list[Hole]]]:
+    """The jobs' batches, in the order of the jobs, from ``data.workers`` processes. They end with the iterator."""
+    loader = DataLoader(
+        _Decoder(index, data.verify_checksums),
+        batch_size=None,
+        sampler=jobs,
+        num_workers=data.workers,
+        prefetch_factor=data.prefetch if data.workers else None,
+        worker_init_fn=_start_worker,
+    )
+    yield from loader
+
+
+class _Decoder(Dataset[tuple[Batch, list[Hole]]]):
+    def __init__(self, index: Index, verify: bool) -> None:
+        self.index, self.verify = index, verify
+
+    def __getitem__(self, job: Job) -> tuple[Batch, list[Hole]]:
+        count, shape = len(job.rows), job.bucket
+        pixels = torch.full((count, 3, shape.frames, shape.height, shape.width), GREY, dtype=torch.uint8)
+        valid = torch.zeros(count, dtype=torch.bool)
+        captions, holes = [""] * count, []
+        keys = [self.index.key[row] if row != PADDING else "" for row in job.rows]
+        for n, row in enumerate(job.rows):
+            if row == PADDING:
+                continue
+            try:
+                pixels[n] = self._clip(int(row), job, float(job.starts[n]))  # (3, F, H, W)
+            except BadSample as bad:
+                holes.append(Hole(keys[n], bad.reason, bad.detail))
+                continue
+            captions[n], valid[n] = self.index.caption[row], True
+        return Batch(shape, pixels, captions, keys, valid, torch.from_numpy(job.positions)), holes
+
+    def _clip(self, row: int, job: Job, start: float) -> torch.Tensor:
+        media = read_member(self.index, row, verify=self.verify)
+        shape = job.bucket
+        return decode_clip(media, frames=shape.frames, height=shape.height, width=shape.width, fps=job.fps, start=start)
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # Slurm and Ctrl-C signal every process of a job; the workers must outlive the step that is saved.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _check_shared_memory(stage: StageConfig, data: DataConfig, parts: int) -> None:
+    """Refuse what would end in a bus error: the workers' batches wait in shared memory, which containers keep small."""
+    if not data.workers or not SHARED_MEMORY.is_dir():
+        return
+    largest = max(b.batch_size // parts * 3 * b.frames * b.height * b.width for b in stage.buckets)
+    needed, free = largest * data.workers * data.prefetch, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"data.workers={data.workers} * data.prefetch={data.prefetch} micro-batches of {largest >> 20} MiB do not "
+            f"fit into {SHARED_MEMORY} ({free >> 20} MiB free): lower data.prefetch or data.workers (0 needs none)"
+        )
+
+
+def _why_empty(index: Index, bucket: Bucket, fps: float, data: DataConfig) -> str:
+    held_out = len(eligible(index, bucket, fps=fps, data=data))
+    if held_out:
+        return (
+            f"all {held_out} samples that fit are held out; lower data.holdout_share={data.holdout_share}, or add some"
+        )
+    if bucket.frames == 1:
+        return f"{index.path} has no images; add some, or set data.video_frames_as_images=true to take frames of videos"
+    videos = index.frames > 1
+    longest = ((index.frames[videos] - 1) / index.fps[videos]).max(initial=0.0)
+    return (
+        f"{bucket.frames} frames at fps={fps:g} need {(bucket.frames - 1) / fps:.2f} s of footage, and the longest of "
+        f"{int(videos.sum())} videos in {index.path} has {longest:.2f} s"
+    )
