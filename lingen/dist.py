@@ -1,0 +1,189 @@
+"""Ranks, the few collectives that we need, and the signals that ask a run to stop.
+
+Nothing here imports torch at the top: a launcher can install ``StopSignal`` before the slow imports begin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lingen.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: asked to stop, saved, and to be started again with the same command
+TIMEOUT = timedelta(minutes=30)  # a collective may wait for one rank that reads a large checkpoint
+
+
+class StopSignal:
+    """``asked`` becomes True once SIGTERM (preemption) or SIGUSR1 (Slurm's early warning) arrives.
+
+    Only the main thread may install it. The loop saves after the step in hand and exits with ``EXIT_PREEMPTED``.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all: read from torchrun's variables, else from those of a Slurm step."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """The process's place. Slurm's batch script itself (SLURM_* set, but in no ``srun`` step) is a single process.
+
+    Raises:
+        UserError: a launcher's variables are incomplete or not numbers.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_STEP_ID" in environ:
+        names = (
+            "SLURM_PROCID",
+            "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS",
+            "SLURM_LOCALID",
+        )
+    else:
+        return Place(0, 1, 0)
+    try:
+        rank, world, local_rank = (int(environ[name]) for name in names)
+    except KeyError as error:
+        raise UserError(f"the launcher set {names[0]} but not {error.args[0]}; start with torchrun or srun") from error
+    except ValueError as error:
+        raise UserError(f"{', '.join(names)} must be whole numbers: {error}") from error
+    if not 0 <= rank < world:
+        raise UserError(f"{names[0]}={rank} is not below {names[1]}={world}")
+    return Place(rank, world, local_rank)
+
+
+@dataclass(frozen=True)
+class Dist:
+    """The processes of a run. Its methods are collectives: all ranks call them, in one order."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        """Replace ``tensor`` (any shape, on ``device``) by its sum over the ranks."""
+        if self.world > 1:
+            import torch.distributed as td
+
+            td.all_reduce(tensor)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Replace ``tensor`` (contiguous, on ``device``) by that of rank ``source``."""
+        if self.world > 1:
+            import torch.distributed as td
+
+            td.broadcast(tensor, src=source)
+
+    def barrier(self) -> None:
+        """Return when every rank is here."""
+        if self.world > 1:
+            import torch
+
+            # A sum of zeros: the same on gloo and NCCL, without the latter's guess at a device.
+            self.all_reduce_sum(torch.zeros(1, device=self.device))
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on some rank."""
+        if self.world == 1:
+            return flag
+        import torch
+
+        total = torch.tensor([float(flag)], device=self.device)
+        self.all_reduce_sum(total)
+        return bool(total.item() > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small JSON value of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [json.loads(json.dumps(value))]
+        import torch
+        import torch.distributed as td
+
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        length = torch.tensor([len(data)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.world)]
+        td.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        td.all_gather(parts, padded)
+        return [json.loads(p[: int(n)].cpu().numpy().tobytes()) for p, n in zip(parts, lengths, strict=True)]
+
+    def ensure_group(self) -> None:
+        """A process group also for one process: DeepSpeed cannot do without."""
+        import torch.distributed as td
+
+        if not td.is_initialized():
+            store = td.HashStore()  # type: ignore[attr-defined]
+            td.init_process_group(_backend(self.device), store=store, rank=0, world_size=1, timeout=TIMEOUT)
+
+    def close(self) -> None:
+        """Leave the process group, so that the process ends without complaint."""
+        import torch.distributed as td
+
+        if td.is_initialized():
+            td.destroy_process_group()
+
+
+def init(device: str) -> Dist:
+    """Find this process's place and device, and join the others: gloo on CPU, NCCL on GPU.
+
+    ``device`` is 'cpu', 'cuda' or 'auto' (a GPU where there is one).
+
+    Raises:
+        UserError: there is no such device, or the launcher's variables do not suffice.
+    """
+    import torch
+    import torch.distributed as td
+
+    place = find_place(os.environ)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but torch sees no GPU; set engine.device=cpu or auto")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        if place.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {place.local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; "
+                "start one process a GPU"
+            )
+        chosen = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported, which happens later
+    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed insists on it
+    if place.world > 1 and not td.is_initialized():
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"{name} is not set; with {place.world} processes it must name the first one's host or port"
+                )
+        td.init_process_group(_backend(chosen), rank=place.rank, world_size=place.world, timeout=TIMEOUT)
+    return Dist(place.rank, place.world, place.local_rank, chosen)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
