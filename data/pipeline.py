@@ -14,7 +14,7 @@ import json
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Position:
     step: int = 0
     consumed: Mapping[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {"step": self.step, "consumed": dict(self.consumed)}
 
     @classmethod
@@ -95,7 +95,7 @@ class StageLoader:
     holes by reason since it started (both are rank-local: the rank that goes over the limit on their share raises).
 
     Args:
-        bad_log: folder for bad-RANK.jsonl, to which every hole is appended; None writes no log.
+        bad_log: every hole is appended to this JSONL file, with the rank put into its name; None writes no log.
 
     Raises:
         UserError: a bucket is empty, or its batch_size is not a multiple of world * grad_accumulation; and on
@@ -120,7 +120,7 @@ class StageLoader:
         self.position = position or Position()
         self.bad: Counter[str] = Counter()
         self.read = 0  # samples, by this rank since it started
-        self._bad_log = bad_log / f"bad-{rank}.jsonl" if bad_log else None
+        self._bad_log = bad_log.with_stem(f"{bad_log.stem}-rank{rank}") if bad_log else None
         for bucket in stage.buckets:
             if bucket.batch_size % (world * grad_accumulation):
                 raise UserError(
@@ -185,7 +185,7 @@ class _Stream:
         self, index: Index, bucket: BucketConfig, train: Mask, stage: StageConfig, data: DataConfig, seed: int
     ) -> None:
         self.bucket, self.fps = bucket, stage.fps
-        self.shape = Bucket(bucket.frames, bucket.height, bucket.width)
+        self.shape = shape_of(bucket)
         fits = eligible(index, self.shape, fps=stage.fps, data=data)
         self.members = fits[train[fits]]  # (M,)
         if not len(self.members):
@@ -210,27 +210,40 @@ class _Stream:
         return self._orders[epoch]
 
 
-class Count(NamedTuple):
+class BucketCount(NamedTuple):
     """Samples that can fill a bucket."""
 
     train: int
     holdout: int
 
 
-def check_buckets(index: Index, stages: Mapping[str, StageConfig], data: DataConfig) -> dict[str, dict[str, Count]]:
-    """For each stage and each of its buckets (by name): how many samples there are to train and to validate on."""
+def check_buckets(index: Index, stages: Iterable[StageConfig], data: DataConfig) -> dict[str, dict[str, BucketCount]]:
+    """For each stage and each of its buckets, by name: how many samples there are to train and to validate on."""
     train, holdout = split(index, data.holdout_share)
-    counts: dict[str, dict[str, Count]] = {}
-    for key, stage in stages.items():
-        counts[key] = {}
-        for bucket in stage.buckets:
-            fits = eligible(index, Bucket(bucket.frames, bucket.height, bucket.width), fps=stage.fps, data=data)
-            counts[key][str(bucket)] = Count(int(train[fits].sum()), int(holdout[fits].sum()))
+    counts: dict[str, dict[str, BucketCount]] = {}
+    for stage in stages:
+        fits = {str(b): eligible(index, shape_of(b), fps=stage.fps, data=data) for b in stage.buckets}
+        counts[stage.name] = {
+            name: BucketCount(int(train[rows].sum()), int(holdout[rows].sum())) for name, rows in fits.items()
+        }
     return counts
 
 
+def shape_of(bucket: BucketConfig) -> Bucket:
+    """What a batch knows of a configured bucket."""
+    return Bucket(bucket.frames, bucket.height, bucket.width)
+
+
 def holdout_batches(
-    index: Index, bucket: Bucket, fps: float, data: DataConfig, *, limit: int, batch_size: int, rank: int, world: int
+    index: Index,
+    bucket: BucketConfig,
+    fps: float,
+    data: DataConfig,
+    *,
+    limit: int,
+    batch_size: int,
+    rank: int,
+    world: int,
 ) -> Iterator[Batch]:
     """A bucket's fixed validation set: the first ``limit`` held-out samples by the hash of their key, in that order.
 
@@ -239,12 +252,13 @@ def holdout_batches(
     positions go on after the set's last), so that collective calls stay in step. Empty where nothing is held out.
     """
     _, holdout = split(index, data.holdout_share)
-    fits = eligible(index, bucket, fps=fps, data=data)
+    shape = shape_of(bucket)
+    fits = eligible(index, shape, fps=fps, data=data)
     rows = fits[holdout[fits]]  # (M,)
     rows = rows[np.argsort(key_hashes([index.key[i] for i in rows]), kind="stable")][:limit]
     rows = np.concatenate([rows, np.full(-len(rows) % world, PADDING)])[rank::world]
     jobs = (
-        Job(bucket, fps, part, np.full(len(part), 0.5), rank + world * np.arange(at, at + len(part)))
+        Job(shape, fps, part, np.full(len(part), 0.5), rank + world * np.arange(at, at + len(part)))
         for at in range(0, len(rows), batch_size)
         for part in [rows[at : at + batch_size]]
     )
