@@ -1,0 +1,143 @@
+"""The diffusion transformer around the blocks. Knows no mixer: LinGen and DiT are this class with other blocks.
+
+Shapes: B batch, C latent channels, latents (T', H', W'), token grid (T, H, W) of N tokens, D d_model, L text tokens,
+S width of the text encoder's states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lingen.models.block import NORM_EPS, Block
+from lingen.models.embed import (
+    Grid,
+    SigmaEmbedding,
+    TextProjection,
+    patchify,
+    position_embedding,
+    token_grid,
+    unpatchify,
+)
+
+
+class Head(nn.Module):
+    """The last norm, modulated, and the projection to patches: zero at the start, and so is the velocity."""
+
+    def __init__(self, d_model: int, features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model, elementwise_affine=False, eps=NORM_EPS)
+        self.modulation = nn.Linear(d_model, 2 * d_model)
+        self.out = nn.Linear(d_model, features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero, as in DiT (section 3.2)."""
+        for linear in (self.modulation, self.out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B, N, D), condition (B, D) -> (B, N, features)."""
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        out: Tensor = self.out(torch.addcmul(shift, self.norm(x), 1 + scale))
+        return out
+
+    def flops(self, tokens: int) -> int:
+        """Forward FLOPs of one sample."""
+        return 2 * self.out.in_features * (2 * self.out.in_features + tokens * self.out.out_features)
+
+
+class Backbone(nn.Module):
+    """Latents, a noise level and a text to a velocity.
+
+    Args:
+        blocks: the layers, in order; each brings its mixer.
+        channels: latent channels C.
+        patch: (T, H, W) latent positions of a token.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        *,
+        d_model: int,
+        text_dim: int,
+        channels: int,
+        patch: Grid,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels, self.patch, self.text_dim = channels, patch, text_dim
+        self.activation_checkpointing = activation_checkpointing
+        features = channels * patch[0] * patch[1] * patch[2]
+        self.patch_in = nn.Linear(features, d_model)
+        self.sigma = SigmaEmbedding(d_model)
+        self.text = TextProjection(text_dim, d_model)
+        self.modulation = nn.Linear(d_model, 6 * d_model)  # adaLN-single: one for all blocks
+        self.blocks = nn.ModuleList(blocks)
+        self.head = Head(d_model, features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Tokens of unit variance, the scale of their positions, at every width; adaLN-Zero (DiT, section 3.2)."""
+        nn.init.normal_(self.patch_in.weight, std=self.patch_in.in_features**-0.5)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, latents: Tensor, sigma: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """The velocity, in the shape and dtype of ``latents``; computed in the dtype of the weights.
+
+        Args:
+            latents: (B, C, T', H', W'), noisy.
+            sigma: (B,) noise level in [0, 1].
+            text: (B, L, S) states of the text encoder.
+            text_mask: (B, L) bool, True where there is text; at least one True a row.
+
+        Raises:
+            ValueError: an argument has another shape or dtype; the message names it.
+        """
+        self._check(latents, sigma, text, text_mask)
+        dtype = self.patch_in.weight.dtype
+        grid = token_grid(tuple(latents.shape[2:]), self.patch)  # type: ignore[arg-type]
+        x = self.patch_in(patchify(latents.to(dtype), self.patch))  # (B, N, D)
+        x = x + position_embedding(grid, x.shape[-1], dtype, x.device)  # (B, N, D)
+        condition = F.silu(self.sigma(sigma))  # (B, D)
+        modulation = self.modulation(condition).unflatten(-1, (6, -1))  # (B, 6, D)
+        states = self.text(text.to(dtype))  # (B, L, D)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            arguments = (x, grid, modulation, states, text_mask)
+            if recompute:  # no block draws random numbers
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)  # (B, N, D)
+        return unpatchify(self.head(x, condition), grid, self.patch).to(latents.dtype)  # (B, C, T', H', W')
+
+    def flops(self, grid: Grid, text_tokens: int) -> int:
+        """Forward FLOPs of one sample of a token grid (T, H, W): a multiplication and an addition are two.
+
+        Counts what ``torch.utils.flop_counter`` counts: matrix products, convolutions and attention.
+        """
+        tokens = grid[0] * grid[1] * grid[2]
+        linears = self.patch_in.weight.numel() * tokens + self.modulation.weight.numel()
+        blocks = sum(block.flops(grid, text_tokens) for block in self.blocks if isinstance(block, Block))
+        return 2 * linears + self.sigma.flops() + self.text.flops(text_tokens) + blocks + self.head.flops(tokens)
+
+    def _check(self, latents: Tensor, sigma: Tensor, text: Tensor, text_mask: Tensor) -> None:
+        """Raise a ValueError that names the first argument of a wrong shape."""
+        if latents.ndim != 5 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}")
+        batch = latents.shape[0]
+        if sigma.shape != (batch,):
+            raise ValueError(f"sigma must be ({batch},), one a sample of latents, got {tuple(sigma.shape)}")
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.text_dim:
+            raise ValueError(f"text must be ({batch}, L, {self.text_dim}), got {tuple(text.shape)}")
+        if text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool:
+            want = tuple(text.shape[:2])
+            raise ValueError(f"text_mask must be bool of {want}, got {text_mask.dtype} of {tuple(text_mask.shape)}")

@@ -1,0 +1,84 @@
+"""From a configuration to a model: the one place where LinGen and DiT differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lingen.config import Config
+from lingen.errors import UserError
+from lingen.models.backbone import Backbone
+from lingen.models.block import Block, Mixer
+from lingen.models.mixers.attention import FullAttention
+from lingen.models.mixers.mamba2 import BidirectionalMamba2
+from lingen.models.mixers.mate import Mate
+from lingen.models.mixers.window import WindowAttention
+
+
+def _full_attention(config: Config, layer: int) -> Mixer:
+    return FullAttention(config.size.d_model, config.size.head_dim)
+
+
+def _mate(config: Config, layer: int) -> Mixer:
+    size, mate = config.size, config.model.mate
+    assert mate is not None  # the schema sees to it
+    if mate.expand * size.d_model % mate.mamba_head_dim:
+        inner = mate.expand * size.d_model
+        raise UserError(f"model.mate.mamba_head_dim={mate.mamba_head_dim} must divide expand * d_model = {inner}")
+    ma = BidirectionalMamba2(
+        size.d_model,
+        expand=mate.expand,
+        head_dim=mate.mamba_head_dim,
+        d_state=size.d_state,
+        conv_kernel=mate.conv_kernel,
+        chunk_size=mate.chunk_size,
+    )
+    te = WindowAttention(size.d_model, size.head_dim, window=mate.window, shifted=layer % 2 == 1)
+    return Mate(ma, te, layer=layer, review_pool=mate.review_pool)
+
+
+MIXERS: dict[str, Callable[[Config, int], Mixer]] = {"lingen": _mate, "dit": _full_attention}
+
+
+def make_model(config: Config, *, text_dim: int) -> Backbone:
+    """The model of a run, in fp32 on torch's default device, initialised from torch's generator.
+
+    Under ``torch.device("meta")`` nothing is allocated.
+
+    Args:
+        config: its sections model, size, autoencoder and engine are read.
+        text_dim: width of the text encoder's states.
+
+    Raises:
+        UserError: the sizes do not fit together.
+    """
+    device = torch.get_default_device()
+    size, make_mixer = config.size, MIXERS[config.model.name]
+    with torch.device("meta"):  # so that each weight is written once, by initialise
+        model = Backbone(
+            [
+                Block(make_mixer(config, layer), size.d_model, size.head_dim, size.mlp_ratio)
+                for layer in range(config.depth)
+            ],
+            d_model=size.d_model,
+            text_dim=text_dim,
+            channels=config.autoencoder.channels,
+            patch=size.patch,
+            activation_checkpointing=config.engine.activation_checkpointing,
+        )
+    model.to_empty(device=device)
+    initialise(model)
+    return model
+
+
+def initialise(model: nn.Module) -> None:
+    """Xavier for every linear layer; then what a module does to its own weights and to its children's."""
+    for module in reversed(list(model.modules())):  # children first
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
