@@ -13,7 +13,8 @@ from data.pipeline import Position, StageLoader
 from data.shards import Index
 from lingen import checkpoint
 from lingen.autoencoder import load_autoencoder
-from lingen.config import CarryConfig, Config, StageConfig
+from lingen.checkpoint import RESUME, Checkpoint
+from lingen.config import Config, StageConfig
 from lingen.curriculum import Progress
 from lingen.dist import Dist
 from lingen.ema import Ema
@@ -24,15 +25,21 @@ from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
 from lingen.text import load_text_encoder
 
-RESUME = CarryConfig(weights="model", ema="carry", optimizer="carry")
-
 
 @dataclass(frozen=True)
 class Start:
     """The checkpoint that a stage begins with, if any, and whether it is the stage's own."""
 
-    folder: Path | None
+    checkpoint: Checkpoint | None
     resume: bool
+
+    @property
+    def progress(self) -> Progress:
+        """The counters that the stage begins with; all but its own run on from the stage before."""
+        if self.checkpoint is None:
+            return Progress()
+        progress = Progress(**self.checkpoint.progress["progress"])
+        return progress if self.resume else progress.enter_stage()
 
 
 @dataclass
@@ -46,56 +53,53 @@ class StageState:
     lineage: list[dict[str, Any]]  # one entry a stage: which checkpoint it began with, and after how much
 
 
-def find_start(config: Config) -> tuple[list[StageConfig], Start]:
-    """(the stages still to do, where the first of them begins). Rerunning a command resumes.
+def find_start(config: Config, dist: Dist) -> tuple[list[StageConfig], Start]:
+    """(the stages still to do, where the first of them begins). Rerunning a command resumes. Collective.
 
     Raises:
         UserError: ``init_from`` or the newest checkpoint cannot be used, or is of another architecture.
     """
     remaining = list(config.stages.values())
-    start = Start(checkpoint.resolve(config.init_from) if config.init_from else None, resume=False)
+    start = Start(None, resume=False)
+    if config.init_from is not None:
+        start = Start(checkpoint.open_checkpoint(Path(config.init_from), dist), resume=False)
     while remaining:
-        folder = checkpoint.latest(stage_folder(config, remaining[0].name))
-        if folder is None:
+        folder = stage_folder(config, remaining[0].name)
+        if dist.rank == 0:
+            checkpoint.sweep(folder)
+        dist.barrier()
+        newest = checkpoint.latest(folder, dist)
+        if newest is None:
             break
-        final = checkpoint.read_manifest(folder).final
-        start = Start(folder, resume=not final)
+        start = Start(newest, resume=not newest.manifest.final)
         if start.resume:
             break
         remaining.pop(0)
-    if start.folder is not None:
-        checkpoint.refuse_other_architecture(start.folder, architecture(config))
+    if start.checkpoint is not None:
+        checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
     return remaining, start
 
 
-def read_progress(start: Start) -> Progress:
-    """The counters that a stage begins with; all but its own run on from the stage before."""
-    if start.folder is None:
-        return Progress()
-    progress = Progress(**checkpoint.read_state(start.folder)["progress"])
-    return progress if start.resume else progress.enter_stage()
-
-
 def begin_stage(config: Config, stage: StageConfig, start: Start, index: Index, dist: Dist) -> StageState:
-    """Build the model in its engine, fill both from ``start``, and open the data at the right place."""
+    """Build the model in its engine, fill both from ``start``, and open the data at the right place. Collective."""
     torch.manual_seed(config.seed)
     text = load_text_encoder(config.text, dist.device)
     autoencoder = load_autoencoder(config.autoencoder, dist.device)
+    there = start.checkpoint
+    if there is not None:
+        refuse_other_encoders(there, autoencoder.fingerprint)
+        if start.resume:
+            refuse_other_data(there, config.data.path, index)
     model = make_model(config, text_dim=text.dim)
     engine = make_engine(model, config.engine, config.optim, dist)
     ema = Ema(engine.fragments(), config.ema)
-    progress = read_progress(start)
-    position, lineage = Position(), []
-    if start.folder is not None:
-        there = checkpoint.read_state(start.folder)
-        refuse_other_encoders(start.folder, there, autoencoder.fingerprint)
-        checkpoint.load(start.folder, engine, ema, carry=RESUME if start.resume else stage.carry, dist=dist)
-        lineage = there["lineage"]
-        if start.resume:
-            refuse_other_data(start.folder, there, config.data.path, index)
-            position = Position.from_dict(there["position"])
+    lineage: list[dict[str, Any]] = []
+    if there is not None:
+        carry = RESUME if start.resume else stage.carry
+        checkpoint.load(there, engine, ema, carry=carry, architecture=architecture(config), dist=dist)
+        lineage = there.progress["lineage"]
     if not start.resume:
-        lineage = [*lineage, lineage_entry(stage, start, progress)]
+        lineage = [*lineage, lineage_entry(stage, start)]
     loader = StageLoader(
         index,
         stage,
@@ -104,46 +108,51 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, index: Index, 
         rank=dist.rank,
         world=dist.world,
         grad_accumulation=config.engine.grad_accumulation,
-        position=position,
+        position=Position.from_dict(there.progress["position"]) if there and start.resume else None,
         bad_log=run_folder(config) / "bad_samples.jsonl",
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
-    return StageState(Networks(engine, model, autoencoder, text, dist.device, dtype), ema, loader, progress, lineage)
+    return StageState(
+        Networks(engine, model, autoencoder, text, dist.device, dtype), ema, loader, start.progress, lineage
+    )
 
 
-def lineage_entry(stage: StageConfig, start: Start, progress: Progress) -> dict[str, Any]:
+def lineage_entry(stage: StageConfig, start: Start) -> dict[str, Any]:
     """What a stage began with."""
+    there = start.checkpoint
     return {
         "stage": stage.name,
-        "from_checkpoint": str(start.folder) if start.folder else None,
-        "from_stage": checkpoint.read_manifest(start.folder).stage if start.folder else None,
-        "samples": progress.samples,
-        "tokens": progress.tokens,
-        "carry": stage.carry.model_dump() if start.folder else None,
+        "from_checkpoint": str(there.folder) if there else None,
+        "from_stage": there.manifest.stage if there else None,
+        "samples": start.progress.samples,
+        "tokens": start.progress.tokens,
+        "carry": stage.carry.model_dump() if there else None,
     }
 
 
-def refuse_other_data(folder: Path, there: dict[str, Any], path: str, index: Index) -> None:
+def refuse_other_data(there: Checkpoint, path: str, index: Index) -> None:
     """In the middle of a stage the position is a place in an order of these very samples.
 
     Raises:
         UserError: the shards changed since the checkpoint.
     """
-    if there["data_fingerprint"] != index.fingerprint:
+    before = there.progress["data_fingerprint"]
+    if before != index.fingerprint:
         raise UserError(
-            f"data.path={path} does not hold the samples that {folder} was trained on (fingerprint "
-            f"{index.fingerprint[:12]}, not {there['data_fingerprint'][:12]}); restore them, or begin a new run"
+            f"data.path={path} does not hold the samples that {there.folder} was trained on (fingerprint "
+            f"{index.fingerprint[:12]}, not {before[:12]}); restore them, or begin a new run"
         )
 
 
-def refuse_other_encoders(folder: Path, there: dict[str, Any], fingerprint: str) -> None:
+def refuse_other_encoders(there: Checkpoint, fingerprint: str) -> None:
     """Weights are worth nothing in another latent space.
 
     Raises:
         UserError: the autoencoder is not the one that the checkpoint was trained with.
     """
-    if there["autoencoder_fingerprint"] != fingerprint:
+    before = there.progress["autoencoder_fingerprint"]
+    if before != fingerprint:
         raise UserError(
-            f"autoencoder.path holds another autoencoder (fingerprint {fingerprint[:12]}) than {folder} was trained "
-            f"with ({there['autoencoder_fingerprint'][:12]}); name that one"
+            f"autoencoder.path holds another autoencoder (fingerprint {fingerprint[:12]}) than {there.folder} was "
+            f"trained with ({before[:12]}); name that one"
         )

@@ -53,7 +53,7 @@ def parse(schema: type[Schema], words: list[str]) -> Schema:
         if not equals:
             raise UserError(f"'{word}' is not key=value{nearest(word, schema.model_fields)}")
         field = schema.model_fields.get(key)
-        if field is not None and field.annotation is str:
+        if field is not None and field.annotation in (str, str | None):
             tree[key] = value
             continue
         try:

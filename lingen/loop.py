@@ -18,18 +18,18 @@ from data.batch import Batch
 from data.pipeline import holdout_batches
 from data.shards import Index, load_index
 from lingen import checkpoint
-from lingen.begin import StageState, Start, begin_stage, find_start, read_progress
+from lingen.begin import StageState, Start, begin_stage, find_start
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
 from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, init
 from lingen.errors import UserError
+from lingen.export import export_finished
 from lingen.flow import bucket_shift
 from lingen.metrics import Metrics
 from lingen.plan import TRAIN_FLOPS, make_plan, print_plan, refuse_impossible
 from lingen.runfolder import (
     architecture,
     dump_config,
-    export_folder,
     refuse_other_experiment,
     run_folder,
     stage_folder,
@@ -66,11 +66,12 @@ def train(config: Config, stop: StopSignal) -> int:
     dist = init(config.engine.device)
     refuse_impossible(config, make_plan(config, index), dist.world)
     refuse_other_experiment(config)
-    stages, start = find_start(config)
+    stages, start = find_start(config, dist)
+    export_finished(config, dist)
     if not stages:
         print(f"{run_folder(config)} is finished: every stage has its final checkpoint")
         return 0
-    progress = read_progress(start)
+    progress = start.progress
     if dist.rank == 0:
         write_aside(run_folder(config) / "config.yaml", dump_config(config))
     metrics = Metrics(
@@ -88,7 +89,7 @@ def train(config: Config, stop: StopSignal) -> int:
             final = train_stage(run, stage, start)
             if final is None:
                 return EXIT_PREEMPTED
-            start = Start(final, resume=False)
+            start = Start(checkpoint.open_checkpoint(final, dist), resume=False)
     finally:
         metrics.close()
         dist.close()
@@ -99,7 +100,7 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
     """Train one stage to its end. Returns its final checkpoint, or None where a signal stopped it, after a save."""
     state = begin_stage(run.config, stage, start, run.index, run.dist)
     if not start.resume:
-        log_transfer(run, stage, state, start)
+        log_transfer(run, stage, state)
         log_validation(run, stage, state, "start")
     waiting_since = time.perf_counter()
     for batches in state.loader:
@@ -178,7 +179,7 @@ def counters(kind: str, stage: StageConfig, progress: Progress) -> dict[str, Any
     return {"kind": kind, "stage": stage.name, **progress.as_dict()}
 
 
-def log_transfer(run: Run, stage: StageConfig, state: StageState, start: Start) -> None:
+def log_transfer(run: Run, stage: StageConfig, state: StageState) -> None:
     """Write down where the stage came from."""
     entry = state.lineage[-1]
     record = counters("transfer", stage, state.progress)
@@ -213,27 +214,24 @@ def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Pat
     run.metrics.sync()
     folder = checkpoint.save(
         stage_folder(config, stage.name),
-        state.networks.engine,
-        state.ema,
-        run.dist,
-        stage=stage.name,
         step=state.progress.step,
         samples=state.progress.samples,
         tokens=state.progress.tokens,
-        zero_stage=config.engine.zero_stage,
-        architecture=architecture(config),
-        state={
+        progress={
             "progress": state.progress.as_dict(),
             "position": state.loader.position.as_dict(),
             "lineage": state.lineage,
             "data_fingerprint": run.index.fingerprint,
             "autoencoder_fingerprint": state.networks.autoencoder.fingerprint,
         },
+        architecture=architecture(config),
         final=final,
+        engine=state.networks.engine,
+        ema=state.ema,
+        dist=run.dist,
     )
     if run.dist.rank == 0:
         checkpoint.prune(stage_folder(config, stage.name), config.checkpoint.keep_last)
-        if final:
-            checkpoint.export(folder, export_folder(config, stage.name), config.model_dump(mode="json"))
-    run.dist.barrier()
+    if final:
+        export_finished(config, run.dist)
     return folder

@@ -6,20 +6,19 @@ Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 from rich.progress import track
 
-from lingen import checkpoint
 from lingen.autoencoder import Autoencoder, load_autoencoder
 from lingen.config import BucketConfig, Config, StageConfig, geometry_problems, latent_shape, token_grid
 from lingen.errors import UserError
+from lingen.export import load_trained
 from lingen.flow import bucket_shift, generator
 from lingen.models import Backbone, make_model
-from lingen.runfolder import read_config
 from lingen.sampling.guidance import guided
 from lingen.sampling.solver import euler, sigma_schedule
 from lingen.text import TextEncoder, load_text_encoder
@@ -47,8 +46,8 @@ class LinGenPipeline:
         Raises:
             UserError: nothing that can be loaded is there, or it is incomplete.
         """
-        source = checkpoint.weights_source(Path(path))
-        config = read_config(source.config)
+        trained = load_trained(Path(path))
+        config = trained.config
         if autoencoder is not None:
             moved = config.autoencoder.model_copy(update={"path": autoencoder})
             config = config.model_copy(update={"autoencoder": moved})
@@ -56,15 +55,25 @@ class LinGenPipeline:
         text = load_text_encoder(config.text, place)
         with torch.device("meta"):
             model = make_model(config, text_dim=text.dim)
-        model.load_state_dict(source.load(), assign=True)
+        try:
+            model.load_state_dict(trained.weights, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"{path}: the weights do not fit the config beside them: {error}") from error
+        (stage,) = config.stages.values()
         return cls(
             config,
-            config.stages[source.stage],
+            stage,
             model.to(place).eval(),
             load_autoencoder(config.autoencoder, place),
             text,
             place,
         )
+
+    def untrained(self) -> LinGenPipeline:
+        """The same with freshly initialized weights: what training is measured against."""
+        torch.manual_seed(self.config.seed)
+        model = make_model(self.config, text_dim=self.text.dim)
+        return replace(self, model=model.to(self.device).eval())
 
     def default_shape(self) -> BucketConfig:
         """The largest bucket of the last stage."""
@@ -104,10 +113,8 @@ class LinGenPipeline:
         tokens = prod(token_grid(self.config, frames, height, width))
         shift = self.stage.timestep_shift or bucket_shift(tokens, self.config.flow)
         sigmas = sigma_schedule(sampler.steps if steps is None else steps, shift)
-        latents = noise.to(self.device)
-        walk = euler(denoise, latents, sigmas)
-        for latents in track(walk, "sampling", total=len(sigmas) - 1, disable=not progress, transient=True):
-            pass
+        walk = euler(denoise, noise.to(self.device), sigmas)
+        *_, latents = track(walk, "sampling", total=len(sigmas) - 1, disable=not progress, transient=True)
         pixels = self.autoencoder.decode(latents)  # (B, 3, F, H, W) in [-1, 1]
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 

@@ -1,0 +1,76 @@
+"""Does a model put the asked colour on screen? ``python scripts/check_colours.py runs=[DIR,...] out=FILE.json``.
+
+Samples videos of "a COLOUR SHAPE ..." from each run's last export, and from the same model untrained, and decides from
+the pixels whether the asked colour is the dominant saturated one (data/synthetic.py). Only for models that were trained
+on the rendered world.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from lingen.compose import parse
+from lingen.errors import run_main
+
+
+class Words(BaseModel):
+    """The script's words; the shape is by default the largest bucket of the last stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    runs: list[str] = Field(min_length=1)
+    out: str
+    frames: PositiveInt | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    guidance_scale: float | None = Field(None, ge=1.0)
+    seeds: PositiveInt = 4  # videos a colour
+    batch: PositiveInt = 8
+
+
+def main() -> None:
+    """Sample, judge, write."""
+    words = parse(Words, sys.argv[1:])
+    from data.synthetic import COLORS, SHAPES, check_colour
+    from lingen.pipeline import LinGenPipeline
+    from lingen.runfolder import write_aside
+
+    asked = [(colour, SHAPES[seed % len(SHAPES)], seed) for colour, seed in product(COLORS, range(words.seeds))]
+
+    def share(pipeline: LinGenPipeline) -> float:
+        shape, hits = pipeline.default_shape(), 0
+        for at in range(0, len(asked), words.batch):
+            part = asked[at : at + words.batch]
+            videos = pipeline(
+                [f"a {colour} {form} moving left" for colour, form, _ in part],
+                frames=words.frames or shape.frames,
+                height=words.height or shape.height,
+                width=words.width or shape.width,
+                steps=words.steps,
+                guidance_scale=words.guidance_scale,
+                seeds=[seed for _, _, seed in part],
+                progress=False,
+            )  # (B, 3, F, H, W)
+            hits += sum(check_colour(v.numpy(), c) for v, (c, _, _) in zip(videos, part, strict=True))
+        return hits / len(asked)
+
+    results = {}
+    for run in words.runs:
+        trained = LinGenPipeline.from_pretrained(run)
+        results[run] = {"trained": share(trained), "untrained": share(trained.untrained()), "videos": len(asked)}
+        print(
+            f"{run}: the asked colour is on screen in {results[run]['trained']:.0%} of {len(asked)} videos, "
+            f"and in {results[run]['untrained']:.0%} from the untrained model",
+            flush=True,
+        )
+    write_aside(Path(words.out), json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
