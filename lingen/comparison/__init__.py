@@ -1,0 +1,1 @@
+"""LinGen against DiT: loss curves across the transfers of a curriculum, measured, drawn and written up."""

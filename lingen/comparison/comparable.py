@@ -1,0 +1,122 @@
+"""Whether runs may be compared: what differs in their config.yaml and in what they were validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lingen.comparison.read import Run, planned_stages
+
+# With another value here two validation losses are not the same measurement.
+MEASURE = ("data.path", "data.holdout_share", "validation", "autoencoder", "text")
+MEASURE_OF_STAGE = ("buckets", "fps")
+NOT_THE_MEASURE = {"validation.every_steps", "validation.batch_size", "text.cache"}
+# Another value here is another recipe: the runs can be compared, but not only their models differ.
+RECIPE = ("seed", "size", "flow", "optim", "ema", "init_from", "engine.dtype")
+RECIPE_OF_STAGE = (
+    "samples",
+    "batch_size",
+    "lr",
+    "warmup_samples",
+    "lr_schedule",
+    "final_lr_share",
+    "timestep_shift",
+    "carry",
+)
+
+
+def warnings(runs: list[Run]) -> list[str]:
+    """What makes a difference between losses doubtful, each a sentence; empty where nothing was found."""
+    found = [
+        f"{run.label}: {run.dropped} records with a loss that is not a finite number were left out."
+        for run in runs
+        if run.dropped
+    ]
+    found += [
+        f"{run.label} has no config.yaml, so its settings could not be checked." for run in runs if run.config is None
+    ]
+    for other in runs[1:]:
+        found += _against(runs[0], other)
+    return found
+
+
+def notes(runs: list[Run]) -> list[str]:
+    """What else differs between the recipes, and which runs are still in progress."""
+    found = []
+    for run in runs:
+        if run.in_progress:
+            found.append(f"{run.label} is in progress: its last stage so far is {run.stages[-1].name}.")
+        if run.stages[0].source is not None:
+            found.append(
+                f"{run.label} begins at {run.stages[0].name}, from {run.stages[0].source} of another run folder: "
+                "the level before that transfer is not known here."
+            )
+    first = runs[0]
+    for other in runs[1:]:
+        paths = [*RECIPE, *(f"stages.{name}.{key}" for name in _shared(first, other) for key in RECIPE_OF_STAGE)]
+        found += [f"Recipes differ: {text}." for text in _differences(first, other, paths)]
+    return found
+
+
+def _against(first: Run, other: Run) -> Iterator[str]:
+    pair = f"{first.label} and {other.label}"
+    seen = [[s.name for s in run.stages] for run in (first, other)]
+    shorter = min(map(len, seen))
+    if not set(seen[0]) & set(seen[1]):
+        yield f"{pair} have no stage in common ({', '.join(seen[0])} against {', '.join(seen[1])})."
+    elif seen[0][:shorter] != seen[1][:shorter]:
+        yield f"{pair} went through different stages: {', '.join(seen[0])} against {', '.join(seen[1])}."
+    paths = [*MEASURE, *(f"stages.{name}.{key}" for name in _shared(first, other) for key in MEASURE_OF_STAGE)]
+    for text in _differences(first, other, paths):
+        yield f"Validated differently: {text}."
+    for stage in first.stages:
+        twin = other.stage(stage.name)
+        if twin is None:
+            continue
+        shared = stage.fingerprints.keys() & twin.fingerprints.keys()
+        for key in sorted(k for k in shared if stage.fingerprints[k] != twin.fingerprints[k]):
+            yield f"In stage {stage.name}, {pair} differ in {key}: their losses are not on the same footing."
+        validated = len(stage.validation) and len(twin.validation)
+        if validated and (set(stage.buckets) != set(twin.buckets) or len(stage.bins) != len(twin.bins)):
+            yield f"In stage {stage.name}, {pair} recorded validation on different buckets or timestep bins."
+
+
+def _shared(first: Run, other: Run) -> list[str]:
+    return [name for name in first.planned if name in other.planned]
+
+
+def _differences(first: Run, other: Run, paths: list[str]) -> Iterator[str]:
+    if first.config is None or other.config is None:
+        return
+    trees = [_flat(_comparable(run.config or {})) for run in (first, other)]
+    keys = list(dict.fromkeys(key for tree in trees for key in tree))
+    for key in keys:
+        if key in NOT_THE_MEASURE or not any(key == path or key.startswith(f"{path}.") for path in paths):
+            continue
+        a, b = (tree.get(key) for tree in trees)
+        if a != b:
+            yield f"{key} is {a} for {first.label}, {b} for {other.label}"
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with its stages by name, and one sorted line for the shapes and one for the batch sizes of a stage."""
+    stages = {}
+    for name, stage in planned_stages(config).items():
+        buckets = [b for b in stage.get("buckets", []) if isinstance(b, dict)]
+        shapes = [f"{b.get('frames')}x{b.get('height')}x{b.get('width')}" for b in buckets]
+        shares = [f"{shape} (share {b.get('share', 1.0)})" for shape, b in zip(shapes, buckets, strict=True)]
+        batches = [f"{shape}: {b.get('batch_size')}" for shape, b in zip(shapes, buckets, strict=True)]
+        lines = {"buckets": ", ".join(sorted(shares)), "batch_size": ", ".join(sorted(batches))}
+        stages[name] = {**stage, **lines}
+    return {**config, "stages": stages}
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{above}.{key}" if above else str(key)
+        if isinstance(value, dict):
+            flat |= _flat(value, path)
+        else:
+            flat[path] = value
+    return flat

@@ -1,0 +1,198 @@
+"""Run folders -> stages with their curves.
+
+A run folder holds metrics.jsonl (one JSON object a line: kind train, validation or transfer) and config.yaml. What was
+recorded is taken as it is: a run in progress has fewer stages, a run without validation has empty validation curves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lingen.comparison.curves import AXES, Curve
+from lingen.errors import UserError
+from lingen.metrics import Record, read_metrics
+
+MODEL_NAMES = {"lingen": "LinGen", "dit": "DiT"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one run recorded in one stage."""
+
+    name: str
+    start: dict[str, float]  # axis -> count at the transfer into the stage
+    train: Curve
+    validation: Curve
+    buckets: dict[str, Curve]  # validation loss of each bucket, e.g. "17x64x64"
+    bins: list[Curve]  # validation loss of each timestep bin, low sigma to high
+    complete: bool  # the stage came to its end
+    source: str | None  # the stage it was transferred from, if any
+    fingerprints: dict[str, str]  # of the data and the encoders, where the transfer record has them
+
+    @property
+    def end(self) -> dict[str, float]:
+        """Counts at the last record of the stage, or at its start where there is none."""
+        last = [c.at(-1) for c in (self.train, self.validation) if len(c)]
+        return max(last, key=lambda counts: counts["samples"], default=self.start)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. ``dropped`` counts the records whose loss was not a finite number."""
+
+    label: str
+    path: Path
+    config: dict[str, Any] | None  # config.yaml as it stands; None where there is none
+    stages: list[Stage]  # in order
+    dropped: int
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage of that name, or None where the run has not come to it."""
+        return next((s for s in self.stages if s.name == name), None)
+
+    @property
+    def planned(self) -> dict[str, dict[str, Any]]:
+        """The stages of config.yaml by name, in order; empty where there is no config.yaml."""
+        return planned_stages(self.config)
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a stage that was planned or begun has not ended."""
+        done = {s.name for s in self.stages if s.complete}
+        return not done.issuperset([*self.planned, *(s.name for s in self.stages)])
+
+
+def planned_stages(config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Stage name -> its section of config.yaml."""
+    stages = (config or {}).get("stages")
+    sections = [s for s in stages.values() if isinstance(s, dict)] if isinstance(stages, dict) else []
+    return {str(section.get("name")): section for section in sections}
+
+
+def load_runs(folders: Sequence[str], labels: Sequence[str] | None) -> list[Run]:
+    """Read each folder; without ``labels`` a run is called after its model, or after its folder where models repeat.
+
+    Raises:
+        UserError: a folder or its metrics.jsonl is missing, unreadable or without train records; labels do not fit.
+    """
+    if not folders:
+        raise UserError("runs is empty; give runs=[DIR,DIR]")
+    paths = [Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"runs=[{','.join(folders)}] names a folder twice")
+    if labels is not None and (len(labels) != len(paths) or len(set(labels)) < len(labels)):
+        raise UserError(f"labels=[{','.join(labels)}] must be {len(paths)} different names, one for each of runs")
+    configs = [_read_config(path) for path in paths]
+    names = labels or _default_labels(paths, configs)
+    return [_load(path, config, name) for path, config, name in zip(paths, configs, names, strict=True)]
+
+
+def _load(path: Path, config: dict[str, Any] | None, label: str) -> Run:
+    records = _read_records(path)
+    if not any(r["kind"] == "train" for r in records):
+        raise UserError(f"runs: {path / 'metrics.jsonl'} has no train records yet")
+    finite = [r for r in records if r["kind"] == "transfer" or _is_finite(r["loss"])]
+    names = list(dict.fromkeys(r["stage"] for r in records))
+    stages: list[Stage] = []
+    start = dict.fromkeys(AXES, 0.0)
+    for name in names:
+        mine = [r for r in finite if r["stage"] == name]
+        start = _start(mine, start)
+        ended = name != names[-1] or _reached_its_samples(name, mine, start, config)
+        stages.append(_stage(name, mine, start, ended=ended))
+        start = stages[-1].end
+    return Run(label, path, config, stages, dropped=len(records) - len(finite))
+
+
+def _stage(name: str, records: list[Record], start: dict[str, float], *, ended: bool) -> Stage:
+    train = [r for r in records if r["kind"] == "train"]
+    transfer = next((r for r in reversed(records) if r["kind"] == "transfer"), {})
+    held_out = [r for r in records if r["kind"] == "validation"]
+    in_all = [set(r.get("bucket_loss", {})) for r in held_out]
+    buckets = [b for b in (held_out[0].get("bucket_loss", {}) if held_out else {}) if all(b in keys for keys in in_all)]
+    bins = min((len(r.get("bin_loss", [])) for r in held_out), default=0)
+    return Stage(
+        name=name,
+        start=start,
+        train=_curve(train, [r["loss"] for r in train]),
+        validation=_curve(held_out, [r["loss"] for r in held_out]),
+        buckets={b: _curve(held_out, [r["bucket_loss"][b] for r in held_out]) for b in buckets},
+        bins=[_curve(held_out, [r["bin_loss"][i] for r in held_out]) for i in range(bins)],
+        complete=ended or any(r.get("at") == "end" for r in held_out),
+        source=transfer.get("from"),
+        fingerprints={key: str(value) for key, value in transfer.items() if key.endswith("_fingerprint")},
+    )
+
+
+def _start(records: list[Record], end_before: dict[str, float]) -> dict[str, float]:
+    """A stage starts where its transfer record says, else where the stage before it ended."""
+    transfers = [r for r in records if r["kind"] == "transfer"]
+    return {axis: transfers[-1][axis] for axis in AXES} if transfers else end_before
+
+
+def _curve(records: list[Record], losses: list[float]) -> Curve:
+    counts = {axis: np.array([r[axis] for r in records], dtype=np.float64) for axis in AXES}
+    return Curve(counts, np.array(losses, dtype=np.float64))
+
+
+def _reached_its_samples(
+    name: str, records: list[Record], start: dict[str, float], config: dict[str, Any] | None
+) -> bool:
+    """Whether config.yaml's number of samples of the stage was seen (a run without validation has no "end" record)."""
+    planned = planned_stages(config).get(name, {}).get("samples")
+    seen = [r["samples"] for r in records if r["kind"] == "train"]
+    if planned is None or not seen:
+        return False
+    return bool(seen[-1] - start["samples"] >= planned)
+
+
+def _read_records(path: Path) -> list[Record]:
+    """The records of the kinds known here, their axes as numbers."""
+    if not path.is_dir():
+        raise UserError(f"runs: {path} is not a folder; give run folders such as runs/NAME")
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"runs: {path} has no metrics.jsonl, so it is not a run folder")
+    records = []
+    for number, record in enumerate(read_metrics(file), 1):
+        if record["kind"] not in ("train", "validation", "transfer"):
+            continue
+        needed = ("stage", *AXES) if record["kind"] == "transfer" else ("stage", "loss", *AXES)
+        missing = [key for key in needed if key not in record]
+        odd = [axis for axis in AXES if axis in record and not _is_finite(record[axis])]
+        if missing or odd:
+            raise UserError(
+                f"runs: {file}, record {number} lacks {', '.join(missing + odd)}; is it a metrics.jsonl of train.py?"
+            )
+        records.append(record | {"stage": str(record["stage"])})
+    return records
+
+
+def _is_finite(loss: Any) -> bool:
+    return isinstance(loss, (int, float)) and math.isfinite(loss)
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    file = path / "config.yaml"
+    if not file.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"runs: {file} is not YAML ({error})") from error
+    return tree if isinstance(tree, dict) else None
+
+
+def _default_labels(paths: list[Path], configs: list[dict[str, Any] | None]) -> list[str]:
+    models = [config.get("model", {}).get("name") if config else None for config in configs]
+    for names in ([MODEL_NAMES.get(str(m), str(m)) for m in models], [p.resolve().name for p in paths]):
+        if len(set(names)) == len(names) and "None" not in names:
+            return names
+    return [str(p) for p in paths]
