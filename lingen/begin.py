@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from data.pipeline import Position, StageLoader
-from data.shards import Index
+from data.shards import Index, load_index
 from lingen import checkpoint
-from lingen.autoencoder import load_autoencoder
+from lingen.autoencoder import Autoencoder, load_autoencoder
 from lingen.checkpoint import RESUME, Checkpoint
 from lingen.config import Config, StageConfig
 from lingen.curriculum import Progress
@@ -23,7 +23,7 @@ from lingen.errors import UserError
 from lingen.models import make_model
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
-from lingen.text import load_text_encoder
+from lingen.text import TextEncoder, load_text_encoder
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Start:
         return progress if self.resume else progress.enter_stage()
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What stands before the model, in every stage: the clips and the two frozen networks that read them."""
+
+    index: Index
+    autoencoder: Autoencoder
+    text: TextEncoder
+
+
 @dataclass
 class StageState:
     """What the steps of a stage change."""
@@ -53,11 +62,23 @@ class StageState:
     lineage: list[dict[str, Any]]  # one entry a stage: which checkpoint it began with, and after how much
 
 
-def find_start(config: Config, dist: Dist) -> tuple[list[StageConfig], Start]:
+def load_inputs(config: Config, dist: Dist) -> Inputs:
+    """Raises:
+    UserError: the shards, the autoencoder or the text encoder are not there, or not what the configuration says.
+    """
+    return Inputs(
+        load_index(config.data.path),
+        load_autoencoder(config.autoencoder, dist.device),
+        load_text_encoder(config.text, dist.device),
+    )
+
+
+def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageConfig], Start]:
     """(the stages still to do, where the first of them begins). Rerunning a command resumes. Collective.
 
     Raises:
-        UserError: ``init_from`` or the newest checkpoint cannot be used, or is of another architecture.
+        UserError: ``init_from`` or the newest checkpoint cannot be used, is of another architecture, or was trained
+            on what the inputs no longer are.
     """
     remaining = list(config.stages.values())
     start = Start(None, resume=False)
@@ -65,9 +86,7 @@ def find_start(config: Config, dist: Dist) -> tuple[list[StageConfig], Start]:
         start = Start(checkpoint.open_checkpoint(Path(config.init_from), dist), resume=False)
     while remaining:
         folder = stage_folder(config, remaining[0].name)
-        if dist.rank == 0:
-            checkpoint.sweep(folder)
-        dist.barrier()
+        checkpoint.sweep(folder, dist)
         newest = checkpoint.latest(folder, dist)
         if newest is None:
             break
@@ -77,20 +96,17 @@ def find_start(config: Config, dist: Dist) -> tuple[list[StageConfig], Start]:
         remaining.pop(0)
     if start.checkpoint is not None:
         checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
+        refuse_other_encoders(start.checkpoint, inputs.autoencoder.fingerprint)
+        if start.resume:
+            refuse_other_data(start.checkpoint, config.data.path, inputs.index)
     return remaining, start
 
 
-def begin_stage(config: Config, stage: StageConfig, start: Start, index: Index, dist: Dist) -> StageState:
+def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs, dist: Dist) -> StageState:
     """Build the model in its engine, fill both from ``start``, and open the data at the right place. Collective."""
     torch.manual_seed(config.seed)
-    text = load_text_encoder(config.text, dist.device)
-    autoencoder = load_autoencoder(config.autoencoder, dist.device)
     there = start.checkpoint
-    if there is not None:
-        refuse_other_encoders(there, autoencoder.fingerprint)
-        if start.resume:
-            refuse_other_data(there, config.data.path, index)
-    model = make_model(config, text_dim=text.dim)
+    model = make_model(config, text_dim=inputs.text.dim)
     engine = make_engine(model, config.engine, config.optim, dist)
     ema = Ema(engine.fragments(), config.ema)
     lineage: list[dict[str, Any]] = []
@@ -101,7 +117,7 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, index: Index, 
     if not start.resume:
         lineage = [*lineage, lineage_entry(stage, start)]
     loader = StageLoader(
-        index,
+        inputs.index,
         stage,
         config.data,
         seed=config.seed,
@@ -113,7 +129,11 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, index: Index, 
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
     return StageState(
-        Networks(engine, model, autoencoder, text, dist.device, dtype), ema, loader, start.progress, lineage
+        Networks(engine, model, inputs.autoencoder, inputs.text, dist.device, dtype),
+        ema,
+        loader,
+        start.progress,
+        lineage,
     )
 
 

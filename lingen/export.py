@@ -16,6 +16,7 @@ from lingen import checkpoint
 from lingen.config import Config
 from lingen.dist import Dist
 from lingen.errors import UserError
+from lingen.manifest import MANIFEST, read_manifest, step_folders
 from lingen.runfolder import export_folder, read_config, stage_folder
 from lingen.shardfiles import Damaged
 
@@ -36,7 +37,7 @@ def export_finished(config: Config, dist: Dist) -> None:
         for name in config.stages:
             out = export_folder(config, name)
             folder = _newest(stage_folder(config, name))
-            if folder is None or (out / WEIGHTS).exists() or not checkpoint.read_manifest(folder).final:
+            if folder is None or (out / WEIGHTS).exists() or not read_manifest(folder).final:
                 continue
             checkpoint.export(folder, out, _of_stage(config, name).model_dump(mode="json"))
     dist.barrier()
@@ -58,7 +59,7 @@ def load_trained(path: Path) -> Trained:
             return Trained(read_config(path / CONFIG), load_file(path / WEIGHTS))
         except SafetensorError as error:
             raise UserError(f"{path / WEIGHTS} cannot be read, it may be incomplete: {error}") from error
-    folder = path if (path / checkpoint.MANIFEST).exists() else _newest(path)
+    folder = path if (path / MANIFEST).exists() else _newest(path)
     if folder is None:
         raise UserError(f"{path} is neither an export ({WEIGHTS} and {CONFIG}), nor a run folder, nor a checkpoint")
     stage = folder.resolve().parent
@@ -70,9 +71,9 @@ def load_trained(path: Path) -> Trained:
 
 def _newest(stage_dir: Path) -> Path | None:
     """A stage's newest whole checkpoint."""
-    for folder in reversed(checkpoint.step_folders(stage_dir)):
+    for folder in reversed(step_folders(stage_dir)):
         try:
-            checkpoint.read_manifest(folder)
+            read_manifest(folder)
         except Damaged:
             continue
         return folder

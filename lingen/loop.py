@@ -16,9 +16,9 @@ from typing import Any
 
 from data.batch import Batch
 from data.pipeline import holdout_batches
-from data.shards import Index, load_index
+from data.shards import load_index
 from lingen import checkpoint
-from lingen.begin import StageState, Start, begin_stage, find_start
+from lingen.begin import Inputs, StageState, Start, begin_stage, find_start, load_inputs
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
 from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, init
@@ -45,7 +45,7 @@ class Run:
 
     config: Config
     dist: Dist
-    index: Index
+    inputs: Inputs
     metrics: Metrics
     stop: StopSignal
 
@@ -62,11 +62,11 @@ def train(config: Config, stop: StopSignal) -> int:
     Raises:
         UserError: before anything is allocated, where the configuration and what lies on disk cannot work together.
     """
-    index = load_index(config.data.path)
     dist = init(config.engine.device)
-    refuse_impossible(config, make_plan(config, index), dist.world)
+    inputs = load_inputs(config, dist)
+    refuse_impossible(config, make_plan(config, inputs.index), dist.world)
     refuse_other_experiment(config)
-    stages, start = find_start(config, dist)
+    stages, start = find_start(config, inputs, dist)
     export_finished(config, dist)
     if not stages:
         print(f"{run_folder(config)} is finished: every stage has its final checkpoint")
@@ -83,7 +83,7 @@ def train(config: Config, stop: StopSignal) -> int:
         resume_step=progress.step,
         total_samples=progress.samples - progress.stage_samples + sum(stage.samples for stage in stages),
     )
-    run = Run(config, dist, index, metrics, stop)
+    run = Run(config, dist, inputs, metrics, stop)
     try:
         for stage in stages:
             final = train_stage(run, stage, start)
@@ -98,7 +98,7 @@ def train(config: Config, stop: StopSignal) -> int:
 
 def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
     """Train one stage to its end. Returns its final checkpoint, or None where a signal stopped it, after a save."""
-    state = begin_stage(run.config, stage, start, run.index, run.dist)
+    state = begin_stage(run.config, stage, start, run.inputs, run.dist)
     if not start.resume:
         log_transfer(run, stage, state)
         log_validation(run, stage, state, "start")
@@ -194,7 +194,7 @@ def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> 
 
     def held_out(bucket: BucketConfig) -> Iterator[Batch]:
         return holdout_batches(
-            run.index,
+            run.inputs.index,
             bucket,
             stage.fps,
             config.data,
@@ -221,8 +221,8 @@ def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Pat
             "progress": state.progress.as_dict(),
             "position": state.loader.position.as_dict(),
             "lineage": state.lineage,
-            "data_fingerprint": run.index.fingerprint,
-            "autoencoder_fingerprint": state.networks.autoencoder.fingerprint,
+            "data_fingerprint": run.inputs.index.fingerprint,
+            "autoencoder_fingerprint": run.inputs.autoencoder.fingerprint,
         },
         architecture=architecture(config),
         final=final,

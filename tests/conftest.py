@@ -1,0 +1,70 @@
+"""A small rendered world, its shards and its autoencoder, made once for all tests; and the project's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# One thread a process: tests run beside each other, and a sum has one order.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def python() -> Command:
+    """Run ``python WORDS...`` from the repository's root with the tests' environment, and return what it printed."""
+
+    def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+@dataclass(frozen=True)
+class World:
+    """What a training needs."""
+
+    clips: Path
+    shards: Path
+    autoencoder: Path
+
+    @property
+    def words(self) -> list[str]:
+        """The words of a small run on it."""
+        return ["debug=smoke", f"data.path={self.shards}", f"autoencoder.path={self.autoencoder}"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, python: Command) -> World:
+    """64 clips of 17 frames and 64 images, at 64 x 64 pixels, in shards, with a fitted autoencoder."""
+    folder = tmp_path_factory.mktemp("world")
+    made = World(folder / "clips", folder / "shards", folder / "autoencoder.safetensors")
+    for words in (
+        ("-m", "data.synthetic", f"out={made.clips}", "clips=64", "images=64", "size=64", "frames=17", "fps=8"),
+        ("scripts/make_shards.py", f"input={made.clips}", f"output={made.shards}", "samples_per_shard=16"),
+        ("scripts/fit_autoencoder.py", f"data={made.shards}", f"out={made.autoencoder}"),
+    ):
+        done = python(*words)
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
