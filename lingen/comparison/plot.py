@@ -132,9 +132,11 @@ def _head(figure: Figure, result: Result) -> None:
         f"{' against '.join(names)}: loss across the transfers of a curriculum" if len(names) <= 3 else "Loss curves"
     )
     figure.text(0.012, 0.977, title, fontsize=19, fontweight="bold", va="top")
-    windows = f"every logged step faint, mean over {result.smoothing} of them strong (never across a transfer)"
-    subtitle = f"Training: {windows}. Validation: unsmoothed, on fixed samples and noise. Dashed: a stage begins."
-    figure.text(0.012, 0.937, subtitle, fontsize=12.5, color=MUTED, va="top")
+    subtitle = (
+        f"Training: every logged step faint, mean over {result.smoothing} bold, never across a transfer. "
+        "Validation: as measured, on fixed samples and noise. The first fall may leave the panel."
+    )
+    figure.text(0.012, 0.937, subtitle, fontsize=12, color=MUTED, va="top")
     colour = colours(result)
     handles = [Line2D([], [], color=colour[run.label], linewidth=3, marker="o", markersize=6) for run in result.runs]
     texts = [f"{run.label} (in progress)" if run.in_progress else run.label for run in result.runs]

@@ -240,14 +240,14 @@ def _ahead_in_words(stage: StageComparison) -> list[str]:
         if not all(stage.finals[label].complete for label in (reach.run, reach.other)):
             text = f"{stage.stage}, not finished: {reach.run} stands {-reach.difference:.4f} below {reach.other}"
         if reach.reached is not None:
-            share = (
-                f"{percent(reach.share['samples'])} of its samples and {percent(reach.share['flops'])} of its compute"
+            parts = (
+                f"{percent(reach.share['samples'])} of the samples and {percent(reach.share['flops'])} of the compute"
             )
-            text += f" and reaches {reach.other}'s final loss after {share} in the stage"
+            text += f", and reaches {reach.other}'s final loss with {parts} that {reach.other} spent in the stage"
         lead = next((lead for lead in stage.leads if {lead.run, lead.other} == {reach.run, reach.other}), None)
         if lead is not None:
-            values = [v if lead.run == reach.run else -v for v in lead.lead]
-            text += f"; its lead along the stage: {', '.join(difference(v) for v in values)}"
+            values = [difference(v if lead.run == reach.run else -v) for v in lead.lead]
+            text += f"; its lead at {', '.join(map(percent, FRACTIONS))} of the stage: {', '.join(values)}"
         if reach.wobble is None:
             text += " (too few validations to say how much they scatter)"
         elif -reach.difference < 2 * reach.wobble:
