@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,9 +12,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from lingen.errors import run_main
-from scripts import compare
 
 ROOT = Path(__file__).parents[4]
 
@@ -56,7 +54,7 @@ def fabricate(folder: Path, *, stages: tuple[str, ...] = ("image", "video"), val
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     with pytest.raises(SystemExit) as exit_:
-        run_main(compare.main)
+        runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
     return int(exit_.value.code or 0)
 
 
