@@ -124,8 +124,8 @@ class Backbone(nn.Module):
 
         Counts what ``torch.utils.flop_counter`` counts: matrix products, convolutions and attention.
         """
-        tokens = grid[0] * grid[1] * grid[2]
-        linears = self.patch_in.weight.numel() * tokens + self.modulation.weight.numel()
+        tokens, d_model = grid[0] * grid[1] * grid[2], self.modulation.in_features
+        linears = tokens * self.patch_in.in_features * d_model + 6 * d_model**2
         blocks = sum(block.flops(grid, text_tokens) for block in self.blocks if isinstance(block, Block))
         return 2 * linears + self.sigma.flops() + self.text.flops(text_tokens) + blocks + self.head.flops(tokens)
 

@@ -7,7 +7,6 @@ D d_model, E = expand*D inner channels, h = E/P heads of P channels a direction,
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +20,23 @@ DT_RANGE = (1e-3, 1e-1)  # time steps at the start (Mamba2's reference values)
 A_RANGE = (1.0, 16.0)  # decay rates at the start
 
 
-def review_grid(grid: Grid, pool: Grid) -> tuple[Grid, Grid]:
-    """How many review tokens lie along each axis, and how many tokens each of them averages there, at the most."""
-    window = tuple(min(side, n) for side, n in zip(pool, grid, strict=True))
-    count = tuple(-(-n // side) for n, side in zip(grid, window, strict=True))
-    return count, window  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _review_weights(grid: Grid, pool: Grid, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One over the number of tokens in each pooling window, (r1, r2, r3, 1): windows at the edges hold fewer."""
-    count, window = review_grid(grid, pool)
-    held = torch.ones(1, 1, 1)
-    for axis in range(3):
-        inside = (grid[axis] - window[axis] * torch.arange(count[axis])).clamp(max=window[axis])
-        held = held * inside.view(*(-1 if a == axis else 1 for a in range(3)))
-    return held.reciprocal()[..., None].to(device, dtype)
-
-
 def review_tokens(x: Tensor, pool: Grid) -> Tensor:
-    """An overview of the video: (B, n1, n2, n3, E) averaged over boxes of ``pool`` -> (B, R, E), in the same order."""
-    grid: Grid = tuple(x.shape[1:4])  # type: ignore[assignment]
-    count, window = review_grid(grid, pool)
-    pads = [c * side - n for n, c, side in zip(grid, count, window, strict=True)]
-    if any(pads):
-        x = F.pad(x, (0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
-    (r1, r2, r3), (p1, p2, p3) = count, window
-    total = x.reshape(-1, r1, p1, r2, p2, r3, p3, x.shape[-1]).sum((2, 4, 6))  # (B, r1, r2, r3, E)
-    return (total * _review_weights(grid, pool, x.dtype, x.device)).flatten(1, 3)
+    """An overview of the video: (B, n1, n2, n3, E) averaged over boxes of ``pool`` -> (B, R, E), in the same order.
+
+    Boxes at the far edges may hold fewer tokens, and average those. Two 2D poolings on channels-last views: several
+    times faster than one in 3D, and the same, since both the boxes and their sizes are products over the axes.
+    """
+    batch, n1, n2, n3, channels = x.shape
+    x = x.reshape(batch, n1, n2 * n3, channels).permute(0, 3, 1, 2)  # (B, E, n1, n2*n3)
+    x = F.avg_pool2d(x, (pool[0], 1), ceil_mode=True)  # (B, E, r1, n2*n3)
+    x = x.permute(0, 2, 3, 1).reshape(-1, n2, n3, channels).permute(0, 3, 1, 2)  # (B*r1, E, n2, n3)
+    x = F.avg_pool2d(x, pool[1:], ceil_mode=True)  # (B*r1, E, r2, r3)
+    return x.permute(0, 2, 3, 1).reshape(batch, -1, channels)  # (B, R, E)
+
+
+def review_count(grid: Grid, pool: Grid) -> int:
+    """R: how many review tokens a grid has."""
+    return math.prod(-(-n // side) for n, side in zip(grid, pool, strict=True))
 
 
 class BidirectionalMamba2(nn.Module):
@@ -143,9 +130,8 @@ class BidirectionalMamba2(nn.Module):
     def flops(self, grid: Grid, review_pool: Grid) -> int:
         """Forward FLOPs of one sample; grid and pooling box in scan order. Projections, convolution, scan."""
         tokens = grid[0] * grid[1] * grid[2]
-        r1, r2, r3 = review_grid(grid, review_pool)[0]
-        length = tokens + r1 * r2 * r3
-        projections = 2 * tokens * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
-        conv = 2 * length * self.conv_weight.numel()
+        length = tokens + review_count(grid, review_pool)
+        projections = 2 * tokens * self.in_proj.in_features * (self.in_proj.out_features + self.inner)
+        conv = 2 * length * 2 * (self.inner + 2 * self.d_state) * self.conv_kernel
         scan = ssd_flops(length, 2 * self.heads, self.head_dim, 2, self.d_state, self.chunk_size)
         return projections + conv + scan
