@@ -1,0 +1,236 @@
+"""All engines against each other, on one and on two processes, through checkpoints that change hands.
+
+This file is also the program that runs in those processes (see ``work``): three launches serve all tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+STEPS, SAVED_AT, BATCH = 20, 10, 8
+ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+DTYPES = ["fp32", "bf16"]
+# Who goes on from whose checkpoint, on another number of processes.
+HEIRS = [
+    (("torch", 0), ("deepspeed", 1)),
+    (("deepspeed", 0), ("deepspeed", 3)),
+    (("deepspeed", 1), ("deepspeed", 2)),
+    (("deepspeed", 2), ("torch", 0)),
+    (("deepspeed", 3), ("deepspeed", 3)),
+    (("deepspeed", 3), ("deepspeed", 1)),
+    (("deepspeed", 1), ("deepspeed", 3)),
+    (("deepspeed", 2), ("deepspeed", 0)),
+]
+COMBINATIONS = [(engine, dtype) for engine in ENGINES for dtype in DTYPES]
+CROSSINGS = [(heir, source, dtype) for heir, source in HEIRS for dtype in DTYPES]
+
+
+def key(engine: tuple[str, int], dtype: str) -> str:
+    return f"{engine[0]}{engine[1]}-{dtype}"
+
+
+class Tiny(nn.Module):
+    """Odd widths, so that partitions cut through parameters; one recomputed layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 7))
+        self.labels = nn.Embedding(5, 7)
+        self.norm = nn.LayerNorm(7)
+        self.up = nn.Linear(7, 13)
+        self.down = nn.Linear(13, 3)
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.up.weight.dtype)  # (B, 7)
+        x = self.norm(x + self.labels(label) + self.table[label % 3])  # (B, 7)
+        x = recompute(lambda y: torch.tanh(self.up(y)), x, use_reentrant=False)  # (B, 13)
+        out: torch.Tensor = self.down(x).float()  # (B, 3)
+        return out
+
+
+def work(out: Path, tasks: list[str]) -> None:
+    """Run ``tasks`` ('train', 'inherit') in this process and its siblings; rank 0 writes what came out."""
+    from lingen import checkpoint
+    from lingen.config import EmaConfig, EngineConfig, OptimConfig
+    from lingen.dist import init
+    from lingen.ema import Ema
+    from lingen.engine import Engine, make_engine
+
+    torch.set_num_threads(1)
+    dist = init("cpu")
+
+    def make(engine: tuple[str, int], dtype: str, accumulation: int = 2, seed: int = 0) -> tuple[Engine, Ema]:
+        torch.manual_seed(seed + 100 * dist.rank)  # rank 0's weights must win
+        config = EngineConfig(kind=engine[0], zero_stage=engine[1], dtype=dtype, grad_accumulation=accumulation)  # type: ignore[arg-type]
+        made = make_engine(Tiny(), config, OptimConfig(grad_clip=0.5), dist)
+        return made, Ema(made.fragments(), EmaConfig(halflife_samples=50))
+
+    def train(engine: Engine, ema: Ema, start: int, end: int, accumulation: int = 2) -> list[tuple[float, float]]:
+        measured = []
+        for step in range(start, end):
+            g = torch.Generator().manual_seed(step)
+            x, y = torch.randn(BATCH, 7, generator=g), torch.randn(BATCH, 3, generator=g)
+            label = torch.randint(0, 5, (BATCH,), generator=g)
+            total, rows = torch.zeros(()), BATCH // dist.world // accumulation
+            for micro in range(accumulation):
+                first = (dist.rank * accumulation + micro) * rows
+                part = slice(first, first + rows)
+                loss = (engine.model(x[part], label[part]) - y[part]).square().mean(1).sum() / BATCH
+                engine.backward(loss)
+                total += loss.detach()
+            norm = engine.step(1e-2)
+            ema.update(BATCH * (step + 1), BATCH)
+            dist.all_reduce_sum(total)
+            measured.append((total.item(), norm))
+        return measured
+
+    def digest(engine: Engine, ema: Ema) -> list[str]:
+        content = hashlib.sha256()
+        for f in engine.fragments():
+            for part in (f.master, f.exp_avg, f.exp_avg_sq, ema.averages[f.name]):
+                content.update(part.numpy().tobytes())
+        return dist.gather(content.hexdigest())
+
+    def inherit(folder: Path, engine: Engine, ema: Ema) -> None:
+        found = checkpoint.latest(folder, dist)
+        assert found is not None
+        checkpoint.load(found, engine, ema, carry=checkpoint.RESUME, architecture={"d": 7}, dist=dist)
+
+    def poison(engine: Engine) -> dict[str, Any]:
+        """One rank's gradient is not finite: every rank must refuse the step, and the next one must be sound."""
+        before, steps = [f.master.clone() for f in engine.fragments()], engine.steps
+        for micro in range(2):
+            loss = engine.model(torch.ones(1, 7), torch.zeros(1, dtype=torch.long)).sum()
+            engine.backward(loss * math.nan if dist.rank == dist.world - 1 and micro == 1 else loss)
+        norm = engine.step(1e-2)
+        same = all(torch.equal(b, f.master) for b, f in zip(before, engine.fragments(), strict=True))
+        return {"finite": math.isfinite(norm), "same": not dist.any(not same), "steps": engine.steps - steps}
+
+    results: dict[str, Any] = {}
+    for engine_name, dtype in COMBINATIONS if "train" in tasks else ():
+        engine, ema = make(engine_name, dtype)
+        folder = out / f"world{dist.world}" / key(engine_name, dtype)
+        measured = train(engine, ema, 0, SAVED_AT)
+        checkpoint.save(
+            folder, step=SAVED_AT, samples=80, tokens=0, progress={}, architecture={"d": 7}, final=False,
+            engine=engine, ema=ema, dist=dist,
+        )  # fmt: skip
+        measured += train(engine, ema, SAVED_AT, STEPS)
+        ends = digest(engine, ema)
+        refused = poison(engine)
+        engine.close()
+        engine, ema = make(engine_name, dtype, seed=7)
+        inherit(folder, engine, ema)
+        resumed = train(engine, ema, SAVED_AT, STEPS)
+        results[key(engine_name, dtype)] = {
+            "measured": measured, "resumed": resumed, "same state": digest(engine, ema) == ends,
+            "refused": refused, "level": engine.zero_stage,
+        }  # fmt: skip
+        engine.close()
+        if dtype == "fp32":
+            engine, ema = make(engine_name, dtype, accumulation=1)
+            results[key(engine_name, dtype)]["whole batch"] = train(engine, ema, 0, STEPS, accumulation=1)
+            engine.close()
+    for heir, source, dtype in CROSSINGS if "inherit" in tasks else ():
+        engine, ema = make(heir, dtype, seed=3)
+        inherit(out / f"world{3 - dist.world}" / key(source, dtype), engine, ema)
+        results[f"{key(heir, dtype)} from {key(source, dtype)}"] = train(engine, ema, SAVED_AT, STEPS)
+        engine.close()
+    if dist.rank == 0:
+        (out / f"{'-'.join(tasks)}{dist.world}.json").write_text(json.dumps(results))
+    dist.close()
+
+
+def launch(out: Path, processes: int, *tasks: str) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID")}
+    run = subprocess.run(
+        [sys.executable, *torchrun, __file__, str(out), *tasks],
+        env=environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("engines")
+    launch(out, 1, "train")
+    launch(out, 2, "train", "inherit")
+    launch(out, 1, "inherit")
+    one, two, back = (json.loads((out / f"{n}.json").read_text()) for n in ("train1", "train-inherit2", "inherit1"))
+    return {"one": one, "two": two, "back": back}
+
+
+def differ(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+    """The greatest relative difference, over losses and gradient norms."""
+    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    return float(((x - y).abs() / y.abs()).max())
+
+
+@pytest.mark.parametrize("world", ["one", "two"])
+@pytest.mark.parametrize(("engine", "dtype"), COMBINATIONS)
+def test_resuming_is_exact_to_the_bit(results: dict[str, Any], world: str, engine: tuple[str, int], dtype: str) -> None:
+    result = results[world][key(engine, dtype)]
+    assert result["resumed"] == result["measured"][SAVED_AT:]
+    assert result["same state"]
+    assert result["level"] == engine[1]
+
+
+@pytest.mark.parametrize("world", ["one", "two"])
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_every_level_trains_as_plain_torch_does(results: dict[str, Any], world: str, engine: tuple[str, int]) -> None:
+    assert differ(results[world][key(engine, "fp32")]["measured"], results[world]["torch0-fp32"]["measured"]) < 1e-5
+    # Level 0 adds its gradients up in bf16, the others in fp32.
+    limit = 2e-2 if engine[1] == 0 else 1e-5
+    assert differ(results[world][key(engine, "bf16")]["measured"], results[world]["torch0-bf16"]["measured"]) < limit
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one_does(results: dict[str, Any], engine: tuple[str, int]) -> None:
+    name = key(engine, "fp32")
+    assert differ(results["two"][name]["measured"], results["one"][name]["measured"]) < 1e-5
+    assert differ(results["two"][name]["whole batch"], results["one"][name]["measured"]) < 1e-5
+    assert differ(results["one"][name]["whole batch"], results["one"][name]["measured"]) < 1e-5
+
+
+@pytest.mark.parametrize("world", ["one", "two"])
+@pytest.mark.parametrize(("engine", "dtype"), COMBINATIONS)
+def test_a_gradient_that_is_not_finite_is_refused_by_all(
+    results: dict[str, Any], world: str, engine: tuple[str, int], dtype: str
+) -> None:
+    assert results[world][key(engine, dtype)]["refused"] == {"finite": False, "same": True, "steps": 0}
+
+
+@pytest.mark.parametrize(("world", "source_world"), [("two", "one"), ("back", "two")])
+@pytest.mark.parametrize(("heir", "source", "dtype"), CROSSINGS)
+def test_another_engine_on_other_processes_goes_on(
+    results: dict[str, Any], world: str, source_world: str, heir: tuple[str, int], source: tuple[str, int], dtype: str
+) -> None:
+    went_on = results[world][f"{key(heir, dtype)} from {key(source, dtype)}"]
+    uninterrupted = results[source_world][key(source, dtype)]["measured"][SAVED_AT:]
+    assert differ(went_on, uninterrupted) < (1e-5 if dtype == "fp32" else 2e-2)
+
+
+def test_the_training_does_something(results: dict[str, Any]) -> None:
+    """Else all the above would agree on nothing."""
+    measured = results["one"]["torch0-fp32"]["measured"]
+    assert len({loss for loss, _ in measured}) == STEPS and max(norm for _, norm in measured) > 0.5
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), sys.argv[2:])
