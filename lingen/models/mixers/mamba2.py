@@ -1,4 +1,4 @@
-"""The MA-branch: a bidirectional Mamba2 with review tokens, both directions in one scan (LinGen, section 3.2).
+"""The MA-branch: a bidirectional Mamba2 with review tokens, both directions in one scan (LinGen, "MA-branch").
 
 Shapes: B batch, (n1, n2, n3) token grid in scan order (n3 fastest) of N tokens, R review tokens, M = R + N,
 D d_model, E = expand*D inner channels, h = E/P heads of P channels a direction, S state channels.

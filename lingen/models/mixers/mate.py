@@ -1,4 +1,4 @@
-"""MATE, the mixer that makes a LinGen of the backbone: MA-branch + TE-branch (LinGen, section 3.1, figure 3).
+"""MATE, the mixer that makes a LinGen of the backbone: MA-branch + TE-branch (LinGen, "MATE").
 
 Shapes: B batch, N tokens of the grid (T, H, W), D d_model.
 """

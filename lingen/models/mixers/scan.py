@@ -1,4 +1,4 @@
-"""Rotary-Major Scan: the four orders in which neighbouring layers flatten the token grid (LinGen, section 3.2).
+"""Rotary-Major Scan: the four orders in which neighbouring layers flatten the token grid (LinGen, "Rotary-Major Scan").
 
 An order is a permutation of the axes (T, H, W), so it costs a reshape. Shapes: B batch, (T, H, W) token grid,
 (n1, n2, n3) the same in scan order, D channels.

@@ -1,4 +1,4 @@
-"""TESA, the temporal Swin attention of the TE-branch: self-attention inside small 3D windows (LinGen, section 3.3).
+"""TESA, the temporal Swin attention of the TE-branch: self-attention inside small 3D windows (LinGen, "TE-branch").
 
 The windows do not grow with the grid, so the cost is linear in the tokens. On odd layers they are shifted by half
 their size, as in Swin (section 3.2), so that neighbours which one layer parts meet in the next.

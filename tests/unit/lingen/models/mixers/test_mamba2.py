@@ -117,8 +117,8 @@ def test_a_change_that_no_review_sees_only_reaches_later_tokens_forwards_and_all
 def test_starts_as_mamba2_does() -> None:
     module = BidirectionalMamba2(64, expand=2, head_dim=2, d_state=S, conv_kernel=4, chunk_size=8)
     dt, a = F.softplus(module.dt_bias), module.A_log.exp()
-    assert 1e-3 <= dt.min() * 1.001 and dt.max() <= 1e-1 * 1.001 and dt.std() > 0
-    assert 1.0 <= a.min() * 1.001 and a.max() <= 16.0 * 1.001 and a.std() > 0
+    assert dt.min() * 1.001 >= 1e-3 and dt.max() <= 1e-1 * 1.001 and dt.std() > 0
+    assert a.min() * 1.001 >= 1.0 and a.max() <= 16.0 * 1.001 and a.std() > 0
 
 
 def test_heads_must_divide_the_inner_width() -> None:

@@ -1,0 +1,94 @@
+"""Patches, positions and conditions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lingen.models.embed import (
+    SigmaEmbedding,
+    TextProjection,
+    patchify,
+    position_embedding,
+    rotary_table,
+    rotate,
+    token_spacing,
+    unpatchify,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3), (1, 1, 1)])
+def test_unpatchify_inverts_patchify(patch: tuple[int, int, int]) -> None:
+    grid = (2, 3, 4)
+    latents = torch.randn(2, 5, *(n * side for n, side in zip(grid, patch, strict=True)))
+    tokens = patchify(latents, patch)
+    assert tokens.shape == (2, 24, 5 * math.prod(patch))
+    assert torch.equal(unpatchify(tokens, grid, patch), latents)
+
+
+def test_a_token_is_one_patch_and_tokens_run_t_then_h_then_w() -> None:
+    latents = torch.arange(2 * 4 * 6).view(1, 1, 2, 4, 6)
+    tokens = patchify(latents, (1, 2, 2))
+    assert tokens[0, 0].tolist() == [0, 1, 6, 7]
+    assert tokens[0, 1].tolist() == [2, 3, 8, 9]  # the next along W
+    assert tokens[0, 3].tolist() == [12, 13, 18, 19]  # the next row
+    assert tokens[0, 6].tolist() == [24, 25, 30, 31]  # the next frame
+
+
+def test_a_patch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 5, 4\).*patch \(1, 2, 2\)"):
+        patchify(torch.zeros(1, 1, 2, 5, 4), (1, 2, 2))
+
+
+def test_positions_are_distinct_within_a_grid() -> None:
+    table = position_embedding((5, 8, 12), 128, torch.float32, CPU)
+    assert table.shape == (5 * 8 * 12, 128)
+    distances = torch.cdist(table, table) + 10 * torch.eye(len(table))
+    assert distances.min() > 0.05
+
+
+def test_a_higher_resolution_samples_the_same_field_more_densely() -> None:
+    low = position_embedding((3, 8, 8), 96, torch.float64, CPU).view(3, 8, 8, 96)
+    high = position_embedding((3, 24, 24), 96, torch.float64, CPU).view(3, 24, 24, 96)
+    torch.testing.assert_close(high[:, 1::3, 1::3], low)  # the centre of each 3x3 group is the coarse token's place
+
+
+def test_a_longer_video_continues_a_shorter_one() -> None:
+    short = position_embedding((3, 4, 6), 64, torch.float32, CPU)
+    long = position_embedding((9, 4, 6), 64, torch.float32, CPU)
+    assert torch.equal(long[: len(short)], short)
+
+
+def test_a_frame_has_the_same_area_at_every_shape() -> None:
+    for grid in ((1, 16, 16), (1, 32, 56), (1, 4, 4)):
+        assert token_spacing(grid) ** 2 * grid[1] * grid[2] == pytest.approx(256.0)
+
+
+def test_rotation_keeps_lengths_and_sees_only_differences_of_positions() -> None:
+    torch.manual_seed(0)
+    extent, channels = (3, 4, 5), 12
+    table = rotary_table(extent, 0.7, channels, torch.float64, CPU)
+    same = torch.randn(1, 1, 2, 1, channels, dtype=torch.float64).expand(1, 60, 2, 1, channels)
+    turned = rotate(same, table)
+    torch.testing.assert_close(turned.norm(dim=-1), same.norm(dim=-1))
+    q, k = (side.view(*extent, channels) for side in turned[0, :, :, 0].unbind(1))
+    torch.testing.assert_close(q[0, 0, 0] @ k[1, 2, 1], q[1, 1, 3] @ k[2, 3, 4])  # both (1, 2, 1) apart
+    assert not torch.allclose(q[0, 0, 0] @ k[1, 2, 1], q[0, 0, 0] @ k[1, 1, 1])
+
+
+def test_sigma_embedding_tells_close_levels_apart() -> None:
+    torch.manual_seed(0)
+    embedded = SigmaEmbedding(32)(torch.tensor([0.0, 0.5, 0.501, 1.0]))
+    assert embedded.shape == (4, 32)
+    assert (embedded[1] - embedded[2]).norm() > 1e-2 * (embedded[0] - embedded[3]).norm()
+
+
+def test_text_has_unit_rms_whatever_the_encoders_scale() -> None:
+    torch.manual_seed(0)
+    text = 100 * torch.randn(2, 3, 24)
+    projected = TextProjection(24, 64)(text)
+    torch.testing.assert_close(projected.pow(2).mean(-1), torch.ones(2, 3), rtol=1e-4, atol=0)
