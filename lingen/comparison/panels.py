@@ -69,7 +69,7 @@ def bin_panels(result: Result) -> bytes:
 
 
 def _panels(result: Result, groups: dict[str, list[list[tuple[Stage, Curve]]]]) -> bytes:
-    """``groups``: panel -> run -> the curve of each stage. A panel shows the samples at which it has records."""
+    """``groups``: panel -> run -> the curve of each stage."""
     with matplotlib.rc_context(RC):
         columns = min(4, len(groups))
         figure, grid = _grid(-(-len(groups) // columns), columns, 4.0)
@@ -82,16 +82,11 @@ def _panels(result: Result, groups: dict[str, list[list[tuple[Stage, Curve]]]]) 
                     draw_validation(ax, curve, "samples", colours(result)[run.label])
             shown = [must_be_seen(run, curves) for run, curves in zip(result.runs, by_run, strict=True)]
             finish(ax, result, "samples", log=False, shown=shown)
-            samples = [curve.at(i)["samples"] for curves in by_run for _, curve in curves for i in (0, -1)]
-            room = 0.03 * (max(samples) - min(samples)) or 1.0
-            ax.set_xlim(min(samples) - room, max(samples) + room)
-            dress_x(ax, "samples")
             ax.set_title(name, fontsize=13, loc="left", fontweight="bold", pad=24)
             ax.set_ylabel("validation loss")
         _run_legend(figure, result)
         for ax in panels[: len(groups)]:
-            low, high = ax.get_xlim()
-            draw_marks(ax, [mark for mark in marks(result, "samples") if low <= mark.x <= high], names=False)
+            draw_marks(ax, marks(result, "samples"), names=False)
         return to_png(figure)
 
 

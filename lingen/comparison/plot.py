@@ -6,9 +6,11 @@ Shapes: N records of one stage; every line is drawn stage by stage, so nothing c
 from __future__ import annotations
 
 import io
+import math
 from itertools import pairwise
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,25 +21,29 @@ from lingen.comparison.result import Result
 from lingen.comparison.style import (
     BAND,
     DPI,
-    INK,
     MUTED,
     RC,
+    STRETCHED_SHARE,
     colours,
     draw_marks,
     dress_x,
     loss_limits,
     marks,
+    shared_edges,
+    shortened,
+    stretch_x,
 )
 
+LEGEND_COLUMNS = 4
 INITIAL_FALL = 0.05  # of the first stage's samples: may leave the panel at the top
 
 
 def loss_curves(result: Result, axes: list[str], *, log: bool) -> bytes:
     """Training and validation loss against the first of ``axes``, validation against the others: a PNG, 1600 x 1000."""
     with matplotlib.rc_context(RC):
-        small = axes[1:]
+        small, top = axes[1:], 0.9 - 0.027 * _legend_rows(result)  # below the title and the legend
         figure = Figure(figsize=(16, 10 if small else 6.2), dpi=DPI, facecolor="white", layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1, rect=(0, 0, 1, 0.9))  # type: ignore[union-attr, call-arg]
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1, rect=(0, 0, 1, top))  # type: ignore[union-attr, call-arg]
         columns = max(1, len(small))
         grid = figure.add_gridspec(2 if small else 1, 2 * columns, height_ratios=[1.5, 1] if small else [1])
         panels = [
@@ -87,13 +93,15 @@ def draw_loss(ax: Axes, result: Result, axis: str, *, kind: str, log: bool) -> N
 def draw_training(ax: Axes, curve: Curve, axis: str, colour: str, smoothing: int, *, start: float = 0.0) -> None:
     """Each logged step faint, and the window mean; ``start`` is taken off the counts."""
     smooth = window_mean(curve, smoothing)
-    ax.plot(curve.counts[axis] - start, curve.loss, color=colour, alpha=0.22, linewidth=0.8)
+    ax.plot(
+        curve.counts[axis] - start, curve.loss, color=colour, alpha=0.22 if len(curve) < 1000 else 0.12, linewidth=0.8
+    )
     ax.plot(smooth.counts[axis] - start, smooth.loss, color=colour, linewidth=2.2)
 
 
 def draw_validation(ax: Axes, curve: Curve, axis: str, colour: str, *, start: float = 0.0) -> None:
     """The records themselves: a fixed held-out set needs no smoothing."""
-    size = 4.5 if len(curve) <= 60 else 0.0
+    size = 4.5 if len(curve) <= 25 else 0.0
     ax.plot(curve.counts[axis] - start, curve.loss, color=colour, linewidth=1.9, marker="o", markersize=size)
 
 
@@ -101,16 +109,17 @@ def finish(ax: Axes, result: Result, axis: str, *, log: bool, shown: list[list[f
     """Limits, ticks and the alternating background of the stages where all runs agree on them."""
     low = min(run.stages[0].start[axis] for run in result.runs)
     high = max(run.stages[-1].end[axis] for run in result.runs)
-    ax.set_xlim(low, high + 0.01 * (high - low) if high > low else low + 1)
+    edges = shared_edges(result, axis)
+    if edges and min(np.diff(edges)) < 0.5 * STRETCHED_SHARE / (len(edges) - 1) * (edges[-1] - edges[0]):
+        stretch_x(ax, axis, edges)
+    else:
+        ax.set_xlim(low, high + 0.01 * (high - low) if high > low else low + 1)
+        dress_x(ax, axis)
     if log:
         ax.set_yscale("log")
     ax.set_ylim(*loss_limits(shown, log=log))
-    dress_x(ax, axis)
-    bounds = [mark for mark in marks(result, axis) if mark.colour == MUTED]
-    if len(bounds) == len(result.stage_names):
-        edges = [mark.x for mark in bounds] + [ax.get_xlim()[1]]
-        for left, right in list(pairwise(edges))[1::2]:
-            ax.axvspan(left, right, color=BAND, zorder=0)
+    for left, right in list(pairwise(edges or []))[1::2]:
+        ax.axvspan(left, right, color=BAND, zorder=0)
 
 
 def must_be_seen(run: Run, curves: list[tuple[Stage, Curve]]) -> list[float]:
@@ -127,11 +136,7 @@ def must_be_seen(run: Run, curves: list[tuple[Stage, Curve]]) -> list[float]:
 
 def _head(figure: Figure, result: Result) -> None:
     """Title, what is drawn, and the legend of runs, in the strip above the panels."""
-    names = [run.label for run in result.runs]
-    title = (
-        f"{' against '.join(names)}: loss across the transfers of a curriculum" if len(names) <= 3 else "Loss curves"
-    )
-    figure.text(0.012, 0.977, title, fontsize=19, fontweight="bold", va="top")
+    figure.text(0.012, 0.977, title(result), fontsize=19, fontweight="bold", va="top")
     subtitle = (
         f"Training: every logged step faint, mean over {result.smoothing} bold, never across a transfer. "
         "Validation: as measured, on fixed samples and noise. The first fall may leave the panel."
@@ -139,8 +144,25 @@ def _head(figure: Figure, result: Result) -> None:
     figure.text(0.012, 0.937, subtitle, fontsize=12, color=MUTED, va="top")
     colour = colours(result)
     handles = [Line2D([], [], color=colour[run.label], linewidth=3, marker="o", markersize=6) for run in result.runs]
-    texts = [f"{run.label} (in progress)" if run.in_progress else run.label for run in result.runs]
-    figure.legend(handles, texts, loc="upper right", bbox_to_anchor=(0.995, 0.99), ncols=4, fontsize=14, labelcolor=INK)
+    texts = [shortened(run.label, 30) + (" (in progress)" if run.in_progress else "") for run in result.runs]
+    if _legend_rows(result) == 0:
+        figure.legend(handles, texts, loc="upper right", bbox_to_anchor=(0.995, 0.99), ncols=4, fontsize=14)
+    else:
+        figure.legend(handles, texts, loc="upper left", bbox_to_anchor=(0.005, 0.92), ncols=LEGEND_COLUMNS)
+
+
+def _legend_rows(result: Result) -> int:
+    """Rows that the legend needs below the title; 0 where it fits beside it."""
+    beside = len(result.runs) <= LEGEND_COLUMNS and sum(len(run.label) + 14 for run in result.runs) <= 60
+    return 0 if beside else math.ceil(len(result.runs) / LEGEND_COLUMNS)
+
+
+def title(result: Result) -> str:
+    """Of the figure and of the page."""
+    names = " against ".join(run.label for run in result.runs)
+    return (
+        f"{names}: loss across transfers" if len(names) <= 40 else f"Loss of {len(result.runs)} runs across transfers"
+    )
 
 
 def to_png(figure: Figure) -> bytes:

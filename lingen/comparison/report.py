@@ -24,7 +24,7 @@ def render(result: Result, axes: list[str], figure: bytes, *, log: bool) -> str:
     )
     images = {"loss_curves": figure} | closer_figures(result, axes, log=log)
     return environment.get_template(TEMPLATE).render(
-        title=f"{' against '.join(run.label for run in result.runs)}: loss curves",
+        title=plot.title(result),
         colours=colours(result),
         warnings=result.warnings,
         notes=result.notes,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from lingen.comparison.curves import Array
 from lingen.comparison.result import Result
 
 DPI = 100
@@ -42,6 +43,10 @@ RC: Any = {
     "lines.solid_capstyle": "round",
     "path.simplify": True,
 }
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+AGREED = 0.005  # of the axis: transfers so close are one
+LABEL_PIXELS = 62  # of a tick label and the space beside it
+STRETCHED_SHARE = 0.75  # of an equal share of the axis, below which a stage is widened
 TIME_UNITS = ((1.0, "h"), (60.0, "min"), (3600.0, "s"))  # in an hour
 
 
@@ -76,20 +81,67 @@ def dress_x(ax: Axes, axis: str, *, since: str = "") -> None:
     ax.set_xlabel(f"{name} ({unit})" if unit else name)
 
 
-def marks(result: Result, axis: str, labels: Iterable[str] | None = None) -> list[Mark]:
-    """Where each stage begins: once where all runs agree on it to 0.5% of the axis, else once a run, in its colour."""
-    runs = [run for run in result.runs if labels is None or run.label in set(labels)]
-    width = max(run.stages[-1].end[axis] for run in runs)
-    colour = colours(result)
+def stretch_x(ax: Axes, axis: str, edges: list[float]) -> None:
+    """Give short stages room: piecewise linear in the count, no stage below 0.75 of an equal share before scaling.
+
+    Each later resolution is trained on a fraction of the samples of the one before; drawn to scale, the transfers that
+    matter most would be slivers. Ticks count from the start of each stage.
+    """
+    lengths = np.diff(edges)
+    widths = np.maximum(lengths / lengths.sum(), STRETCHED_SHARE / len(lengths))
+    places = np.concatenate([[0.0], np.cumsum(widths) / widths.sum()])
+
+    def forward(x: Array) -> Array:
+        return np.asarray(np.interp(x, edges, places), dtype=np.float64)
+
+    def backward(place: Array) -> Array:
+        return np.asarray(np.interp(place, places, edges), dtype=np.float64)
+
+    ax.set_xscale("function", functions=(forward, backward))
+    ax.set_xlim(edges[0], edges[-1])
+    pixels = ax.get_window_extent().width
+    ticks, labels = [edges[0]], [si(edges[0])]
+    for start, length, width in zip(edges[:-1], lengths, np.diff(places), strict=True):
+        room = width * pixels
+        if room < LABEL_PIXELS:
+            continue
+        step = _round_down((room - 0.5 * LABEL_PIXELS) / room * length / int(room / LABEL_PIXELS))
+        for tick in np.arange(step, (room - 0.4 * LABEL_PIXELS) / room * length, step).tolist():
+            ticks.append(start + tick)
+            labels.append(f"+{si(tick)}" if start > 0 else si(tick))
+    ax.set_xticks(ticks, labels)
+    ax.set_xlabel(f"{AXIS_NAMES[axis]} (+: in the stage{'; short stages widened' if pixels > 500 else ''})")
+
+
+def _round_down(value: float) -> float:
+    """To 1, 2, 2.5 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(factor * power for factor in (1.0, 2.0, 2.5, 5.0) if factor * power <= value)
+
+
+def shared_edges(result: Result, axis: str) -> list[float] | None:
+    """Where the stages begin, and the end, if all runs agree on it; None otherwise."""
+    end = max(run.stages[-1].end[axis] for run in result.runs)
+    edges = []
+    for name in result.stage_names:
+        starts = [stage.start[axis] for run in result.runs if (stage := run.stage(name)) is not None]
+        if max(starts) - min(starts) > AGREED * end:
+            return None
+        edges.append(starts[0])
+    edges.append(end + 0.02 * (end - edges[-1]))
+    return edges if all(a < b for a, b in pairwise(edges)) else None
+
+
+def marks(result: Result, axis: str) -> list[Mark]:
+    """Where each stage begins: once where all runs agree on it, else once a run, in its colour."""
+    end = max(run.stages[-1].end[axis] for run in result.runs)
     found = []
     for number, name in enumerate(result.stage_names, 1):
-        starts = {run.label: stage.start[axis] for run in runs if (stage := run.stage(name)) is not None}
-        if not starts:
-            continue
-        if max(starts.values()) - min(starts.values()) <= 0.005 * width:
+        starts = {run.label: stage.start[axis] for run in result.runs if (stage := run.stage(name)) is not None}
+        if max(starts.values()) - min(starts.values()) <= AGREED * end:
             found.append(Mark(min(starts.values()), number, name, MUTED))
         else:
-            found += [Mark(x, number, name, colour[label]) for label, x in starts.items()]
+            found += [Mark(x, number, name, colours(result)[label]) for label, x in starts.items()]
     return found
 
 
@@ -101,14 +153,14 @@ def draw_marks(ax: Axes, found: list[Mark], *, names: bool) -> None:
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # lays the panels out, so that pixels mean something
-    low, high = ax.get_xlim()
+    left_edge = ax.get_xlim()[0]
     box = ax.get_window_extent()
     rows: list[list[tuple[float, float]]] = []  # a row's occupied pixels
     for mark in sorted(found, key=lambda m: m.x):
-        if mark.x > low + 0.001 * (high - low):
+        if mark.x > left_edge:
             ax.axvline(mark.x, color=mark.colour, linewidth=1.2, linestyle=(0, (4, 2.5)), zorder=1.5)
         text = f"{mark.number} {mark.stage}" if names else str(mark.number)
-        label = _label(ax, mark, _shortened(text, 34))
+        label = _label(ax, mark, shortened(text, 34))
         extent = label.get_window_extent()
         left = max(box.x0, min(extent.x0, box.x1 - extent.width + 4))
         row = next((i for i, row in enumerate(rows) if _is_free(row, left, left + extent.width)), len(rows))
@@ -137,8 +189,18 @@ def _is_free(row: list[tuple[float, float]], left: float, right: float) -> bool:
     return all(right + 8 < a or b + 8 < left for a, b in row)
 
 
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
+    """``text`` cut to ``length`` characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def si(number: float, unit: str = "") -> str:
+    """1234567 -> "1.23M"; three digits and an SI prefix."""
+    power = 0
+    while abs(number) >= 999.5 and power < len(PREFIXES) - 1:
+        number, power = number / 1000, power + 1
+    digits = f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+    return f"{digits} {PREFIXES[power]}{unit}" if unit else f"{digits}{PREFIXES[power]}"
 
 
 def loss_limits(shown: list[list[float]], *, log: bool) -> tuple[float, float]:

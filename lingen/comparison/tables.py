@@ -8,11 +8,10 @@ from lingen.comparison.curves import Crossing
 from lingen.comparison.head_to_head import FRACTIONS, Final, StageComparison
 from lingen.comparison.read import Run
 from lingen.comparison.result import Result
-from lingen.comparison.style import time_unit
+from lingen.comparison.style import si, time_unit
 from lingen.comparison.transfers import Effect, RunTransfer, Transfer
 
 NONE = "-"
-PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,6 @@ class Table:
         ]
         body = ["  ".join(line).rstrip() for line in pad]
         return "\n".join([self.title, f"  {body[0]}", f"  {'-' * len(body[0])}", *(f"  {line}" for line in body[1:])])
-
-
-def si(number: float, unit: str = "") -> str:
-    """1234567 -> "1.23M"; three digits and an SI prefix."""
-    power = 0
-    while abs(number) >= 999.5 and power < len(PREFIXES) - 1:
-        number, power = number / 1000, power + 1
-    prefix = PREFIXES[power]
-    digits = f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
-    return f"{digits} {prefix}{unit}" if unit else f"{digits}{prefix}"
 
 
 def duration(hours: float) -> str:
@@ -219,8 +208,8 @@ def jumps(result: Result) -> list[str]:
 
 
 def leads(result: Result) -> list[str]:
-    """Who ends each stage ahead of whom, and what it needed for the other's loss, a sentence each."""
-    return [text for stage in result.stages for text in _ahead_in_words(stage)]
+    """The first run against each other one in each stage: who is ahead, and what it needed for the other's loss."""
+    return [text for stage in result.stages for text in _ahead_in_words(stage, result.runs[0].label)]
 
 
 def _jump_in_words(label: str, effect: Effect) -> str:
@@ -231,26 +220,26 @@ def _jump_in_words(label: str, effect: Effect) -> str:
     return f"{start} and is back at its level after {si(cost['samples'])} samples, {si(cost['flops'], 'FLOP')}"
 
 
-def _ahead_in_words(stage: StageComparison) -> list[str]:
+def _ahead_in_words(stage: StageComparison, first: str) -> list[str]:
+    """``first`` against each other run of the stage."""
     found = []
-    for reach in stage.reaches:
-        if reach.difference >= 0:
+    for lead in stage.leads:
+        if first not in (lead.run, lead.other):
             continue
-        text = f"{stage.stage}: {reach.run} ends {-reach.difference:.4f} below {reach.other}"
-        if not all(stage.finals[label].complete for label in (reach.run, reach.other)):
-            text = f"{stage.stage}, not finished: {reach.run} stands {-reach.difference:.4f} below {reach.other}"
-        if reach.reached is not None:
-            parts = (
-                f"{percent(reach.share['samples'])} of the samples and {percent(reach.share['flops'])} of the compute"
-            )
-            text += f", and reaches {reach.other}'s final loss with {parts} that {reach.other} spent in the stage"
-        lead = next((lead for lead in stage.leads if {lead.run, lead.other} == {reach.run, reach.other}), None)
-        if lead is not None:
-            values = [difference(v if lead.run == reach.run else -v) for v in lead.lead]
-            text += f"; its lead at {', '.join(map(percent, FRACTIONS))} of the stage: {', '.join(values)}"
+        ahead, behind = (lead.run, lead.other) if lead.lead[-1] > 0 else (lead.other, lead.run)
+        values = [difference(v if lead.run == ahead else -v) for v in lead.lead]
+        finished = all(stage.finals[label].complete for label in (ahead, behind))
+        where = "ends" if finished else f"not finished; {si(stage.samples[-1])} samples into it,"
+        text = f"{stage.stage}: {where} with {ahead} {abs(lead.lead[-1]):.4f} below {behind}"
+        reach = next(r for r in stage.reaches if (r.run, r.other) == (ahead, behind))
+        if reach.reached is not None and finished:
+            samples, flops = percent(reach.share["samples"]), percent(reach.share["flops"])
+            text += f"; {ahead} reaches {behind}'s final loss with {samples} of the samples and {flops} of the compute"
+            text += f" that {behind} spent in the stage"
+        text += f"; its lead at {', '.join(map(percent, FRACTIONS))} of the stage: {', '.join(values)}"
         if reach.wobble is None:
             text += " (too few validations to say how much they scatter)"
-        elif -reach.difference < 2 * reach.wobble:
+        elif abs(lead.lead[-1]) < 2 * reach.wobble:
             text += f" (within what neighbouring validations scatter, ± {reach.wobble:.4f}: suggestive only)"
         found.append(f"{text}.")
     return found
