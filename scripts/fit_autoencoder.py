@@ -100,6 +100,7 @@ def main() -> None:
     config = parse(FitConfig, sys.argv[1:])
     if Path(config.out).exists():
         raise UserError(f"out={config.out} exists; choose another file, or remove this one to fit it again")
+    torch.set_num_threads(1)  # the same bits whatever the number of cores; and cores that are busy would stall eigh
     clips = Clips(config)
     videos, images = (clips.choose(frames, config.clips, heldout=False) for frames in (config.frames, 1))
     if not videos and (clips.index.frames > 1).any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def _fit(clips: torch.Tensor, channels: int = C, time: int = T, space: int = S) 
 
 def _make(tensors: dict[str, torch.Tensor]) -> PcaAutoencoder:
     return PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The eigenvectors of a 1536 x 1536 matrix take two threads many times longer where another process runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
