@@ -198,21 +198,29 @@ def write_shards(
         UserError: ``output`` holds something already, or there is no record at all.
     """
     folder = Path(output)
-    if any(folder.glob("shard-*.tar*")) or any((folder / name).exists() for name in (INDEX, PARTIAL_INDEX)):
-        raise UserError(
-            f"output={output} already holds shards; choose another folder, or remove this one to write it again"
-        )
+    refuse_used(folder)
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, samples_per_shard, shard_bytes)
     try:
         for record in records:
             writer.add(record)
     except BaseException:
-        writer.finish(PARTIAL_INDEX)
+        if writer.samples.key:
+            writer.finish(PARTIAL_INDEX)
         raise
     if not writer.samples.key:
         raise UserError(f"output={output}: there is no sample to write")
     return writer.finish(INDEX)
+
+
+def refuse_used(output: Path) -> None:
+    """Raises:
+    UserError: the folder holds shards or an index; nothing is ever written over.
+    """
+    if any(output.glob("shard-*.tar")) or any((output / name).exists() for name in (INDEX, PARTIAL_INDEX)):
+        raise UserError(
+            f"output={output} already holds shards; choose another folder, or remove this one to write it again"
+        )
 
 
 class _Writer:
@@ -231,7 +239,7 @@ class _Writer:
         if self.stream is None:
             self.stream = self._temporary().open("wb")
             # PAX has no limit on names; a fixed time makes equal input give equal shards.
-            self.tar = webdataset.TarWriter(self.stream, encoder=False, mtime=0, format=tarfile.PAX_FORMAT)
+            self.tar = webdataset.TarWriter(self.stream, encoder=False, mtime=0, format="PAX_FORMAT")
         suffix, caption = record.sidecar
         self.tar.write({"__key__": record.key, record.suffix: record.media, suffix: caption})
         self.media_names.append(f"{record.key}.{record.suffix}")

@@ -1,0 +1,247 @@
+"""Turn a folder of captioned videos and images into WebDataset shards with an index.
+
+    python scripts/make_shards.py input=DIR output=DIR [manifest=FILE] [samples_per_shard=256] [max_bad_share=0.05]
+
+Captions: a NAME.txt or NAME.json ({"caption": ...}) beside each NAME.mp4, or one CSV or JSONL manifest with ``path``
+and ``caption``, paths relative to the input folder; a single manifest at the top of the folder is found by itself. What
+cannot be used is skipped, named in OUTPUT/rejected.jsonl and counted in OUTPUT/report.json. Media go in unchanged.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from rich.console import Console
+from rich.progress import track
+
+from data.decode import BadSample, probe
+from data.shards import PARTIAL_INDEX, Record, Summary, refuse_used, write_file, write_shards
+from lingen.compose import parse
+from lingen.config import Share
+from lingen.errors import UserError, run_main
+
+MEDIA = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MANIFESTS = {".csv", ".jsonl"}
+
+
+class Words(BaseModel):
+    """The words of the command line."""
+
+    model_config = ConfigDict(extra="forbid")
+    input: str
+    output: str
+    manifest: str | None = None
+    samples_per_shard: PositiveInt = 256  # a shard also ends at 1 GiB
+    max_bad_share: Share = 0.05  # of all samples; where more are bad, the run stops
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample that the input folder or the manifest names. ``problem`` says why it cannot be used, where known."""
+
+    name: str  # as the user wrote it: a path relative to the input, or a line of the manifest
+    caption: str | None = None  # from the manifest; None: it lies beside the file
+    problem: str | None = None
+
+
+def main(words: list[str]) -> int:
+    """Write the shards; the last line on stdout says what was written.
+
+    Raises:
+        UserError: no input, an output that is in use, a bad manifest, or more bad samples than ``max_bad_share``.
+    """
+    args = parse(Words, words)
+    folder, output = Path(args.input), Path(args.output)
+    if not folder.is_dir():
+        raise UserError(f"input={folder} is not a folder; give the one that holds the videos and images")
+    refuse_used(output)
+    entries = find_entries(folder, args.manifest)
+    if not entries:
+        raise UserError(
+            f"input={folder} holds no videos or images ({', '.join(sorted(MEDIA))}); add some, with captions"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    rejected: Counter[str] = Counter()
+    summary = Summary(0, 0, 0)
+    try:
+        with (output / "rejected.jsonl").open("w") as log:
+            records = good_records(folder, entries, args.max_bad_share, rejected, log)
+            summary = write_shards(records, output, samples_per_shard=args.samples_per_shard)
+    except UserError as error:
+        if rejected:
+            kept = (
+                f"; the good ones are kept: rename {PARTIAL_INDEX} to use them"
+                if (output / PARTIAL_INDEX).exists()
+                else ""
+            )
+            raise UserError(f"{error}; {output / 'rejected.jsonl'} names them{kept}") from error
+        raise
+    finally:
+        report = {
+            "samples": summary.samples,
+            "shards": summary.shards,
+            "bytes": summary.bytes,
+            "rejected": dict(rejected),
+        }
+        write_file(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    skipped = f", {rejected.total()} rejected ({listed(rejected)})" if rejected else ""
+    print(f"{output}: {summary.samples} samples in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB{skipped}")
+    return 0
+
+
+def find_entries(folder: Path, manifest: str | None) -> list[Entry]:
+    """What the manifest lists, or every video and image below the folder, in a fixed order. Hidden ones are left out.
+
+    Raises:
+        UserError: the manifest is missing or has no ``path`` and ``caption``, or there are several.
+    """
+    if manifest is None:
+        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in MANIFESTS)
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise UserError(f"input={folder} holds several manifests ({names}); say which with manifest=FILE")
+        if not found:
+            files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.suffix.lower() in MEDIA)
+            return [Entry(str(file)) for file in files if not any(part.startswith(".") for part in file.parts)]
+        file = found[0]
+    else:
+        file = Path(manifest)
+        if not file.is_file() or file.suffix.lower() not in MANIFESTS:
+            raise UserError(f"manifest={manifest} is not a .csv or .jsonl file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest {file} is not UTF-8 text ({error.reason})") from error
+    return read_csv(file, text) if file.suffix.lower() == ".csv" else read_jsonl(text)
+
+
+def read_csv(file: Path, text: str) -> list[Entry]:
+    """One entry a row."""
+    rows = csv.DictReader(io.StringIO(text))
+    if not {"path", "caption"} <= set(rows.fieldnames or ()):
+        raise UserError(f"manifest {file} has the columns {rows.fieldnames}, and needs 'path' and 'caption'")
+    return [manifest_entry(row, rows.line_num) for row in rows]
+
+
+def read_jsonl(text: str) -> list[Entry]:
+    """One entry a line."""
+    entries = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entries.append(manifest_entry(json.loads(line), number))
+        except json.JSONDecodeError:
+            entries.append(Entry(f"line {number} of the manifest", problem="bad manifest line"))
+    return entries
+
+
+def manifest_entry(row: Any, number: int) -> Entry:
+    """A row with a path; its caption may still be missing."""
+    path, caption = (row.get("path"), row.get("caption")) if isinstance(row, dict) else (None, None)
+    if not isinstance(path, str) or not path:
+        return Entry(f"line {number} of the manifest", problem="bad manifest line")
+    return Entry(path, caption=caption if isinstance(caption, str) else "")
+
+
+def good_records(
+    folder: Path, entries: list[Entry], max_bad_share: float, rejected: Counter[str], log: TextIO
+) -> Iterator[Record]:
+    """The entries that can be used; the others are counted and logged.
+
+    Raises:
+        UserError: so many are bad that their share of all entries is over the limit, whatever follows.
+    """
+    keys: set[str] = set()
+    for entry in track(entries, "writing shards", console=Console(stderr=True)):
+        try:
+            record = read_entry(folder, entry)
+            if record.key in keys:
+                raise BadSample("duplicate key", record.key)
+        except BadSample as bad:
+            rejected[bad.reason] += 1
+            print(json.dumps({"path": entry.name, "reason": bad.reason, "detail": bad.detail}), file=log, flush=True)
+            if rejected.total() > max_bad_share * len(entries):
+                raise UserError(
+                    f"{rejected.total()} of {len(entries)} samples are bad ({listed(rejected)}), more than "
+                    f"max_bad_share={max_bad_share:g}"
+                ) from None
+            continue
+        keys.add(record.key)
+        yield record
+
+
+def read_entry(folder: Path, entry: Entry) -> Record:
+    """The sample of an entry, looked at from all sides.
+
+    Raises:
+        BadSample: it cannot be used.
+    """
+    if entry.problem:
+        raise BadSample(entry.problem)
+    root = folder.resolve()
+    try:
+        file = (root / entry.name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a loop of links
+        raise BadSample("bad path", str(error)) from error
+    if not file.is_relative_to(root):
+        raise BadSample("path leaves the input folder", str(file))
+    if file.suffix.lower() not in MEDIA:
+        raise BadSample("neither a video nor an image", file.suffix)
+    key = key_of(Path(entry.name))
+    sidecar = read_caption(file) if entry.caption is None else ("txt", entry.caption.encode(), entry.caption)
+    suffix, content, caption = sidecar
+    if not caption.strip():
+        raise BadSample("missing caption")
+    try:
+        media = file.read_bytes()
+    except OSError as error:
+        raise BadSample("cannot be read", str(error)) from error
+    return Record(key, caption.strip(), media, file.suffix.lower().removeprefix("."), probe(media), (suffix, content))
+
+
+def read_caption(file: Path) -> tuple[str, bytes, str]:
+    """(suffix, content, caption) of the .txt or else the .json beside a file; ("", b"", "") where there is none."""
+    for suffix in ("txt", "json"):
+        beside = file.with_suffix(f".{suffix}")
+        if beside.is_file():
+            content = beside.read_bytes()
+            try:
+                text = content.decode("utf-8-sig")
+                caption = text if suffix == "txt" else json.loads(text)["caption"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadSample("bad caption file", f"{beside.name}: {error}") from error
+            return suffix, content, caption if isinstance(caption, str) else ""
+    return "", b"", ""
+
+
+def key_of(path: Path) -> str:
+    """The path without its suffix; WebDataset ends a key at its first dot, so dots (and %) are escaped.
+
+    Raises:
+        BadSample: the name cannot be written down as text.
+    """
+    try:
+        key = Path(*path.parts).with_suffix("").as_posix()
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("bad path", "the name is not UTF-8") from error
+    return key.replace("%", "%25").replace(".", "%2E")
+
+
+def listed(rejected: Counter[str]) -> str:
+    """For example "2 missing caption, 1 truncated"."""
+    return ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))
