@@ -33,14 +33,25 @@ def measure(runs: list[Run], smoothing: int | None) -> Result:
     """Compare the runs; nothing is drawn or written. ``smoothing`` None: chosen by the length of the stages."""
     if smoothing is None:
         smoothing = default_smoothing(stage.train for run in runs for stage in run.stages)
+    crossed = transfers(runs, smoothing)
     return Result(
         runs=runs,
         smoothing=smoothing,
         warnings=comparable.warnings(runs),
-        notes=comparable.notes(runs),
-        transfers=transfers(runs, smoothing),
+        notes=comparable.notes(runs) + _late_validations(crossed),
+        transfers=crossed,
         stages=head_to_head(runs, smoothing),
     )
+
+
+def _late_validations(crossed: list[Transfer]) -> list[str]:
+    return [
+        f"{label} was first validated {one.first_validation:.0f} samples after the transfer to {transfer.target}: "
+        "its jump lacks what happened before."
+        for transfer in crossed
+        for label, one in transfer.runs.items()
+        if one.first_validation
+    ]
 
 
 def as_json(result: Result) -> dict[str, Any]:

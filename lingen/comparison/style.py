@@ -45,7 +45,8 @@ RC: Any = {
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 AGREED = 0.005  # of the axis: transfers so close are one
-LABEL_PIXELS = 62  # of a tick label and the space beside it
+ROUND = (1.0, 2.0, 2.5, 5.0)
+LABEL_PIXELS = 52  # of a tick label and the space beside it
 STRETCHED_SHARE = 0.75  # of an equal share of the axis, below which a stage is widened
 TIME_UNITS = ((1.0, "h"), (60.0, "min"), (3600.0, "s"))  # in an hour
 
@@ -105,8 +106,9 @@ def stretch_x(ax: Axes, axis: str, edges: list[float]) -> None:
         room = width * pixels
         if room < LABEL_PIXELS:
             continue
-        step = _round_down((room - 0.5 * LABEL_PIXELS) / room * length / int(room / LABEL_PIXELS))
-        for tick in np.arange(step, (room - 0.4 * LABEL_PIXELS) / room * length, step).tolist():
+        last = (1 - 0.4 * LABEL_PIXELS / room) * length  # a label further right would reach into the next stage
+        step = _round_up(length * LABEL_PIXELS / room)
+        for tick in np.arange(step, last, step).tolist() or [_round_down(last)]:
             ticks.append(start + tick)
             labels.append(f"+{si(tick)}" if start > 0 else si(tick))
     ax.set_xticks(ticks, labels)
@@ -116,7 +118,13 @@ def stretch_x(ax: Axes, axis: str, edges: list[float]) -> None:
 def _round_down(value: float) -> float:
     """To 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
-    return max(factor * power for factor in (1.0, 2.0, 2.5, 5.0) if factor * power <= value)
+    return max(factor * power for factor in ROUND if factor * power <= value)
+
+
+def _round_up(value: float) -> float:
+    """To 1, 2, 2.5 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return min(factor * power for factor in (*ROUND, 10.0) if factor * power >= value)
 
 
 def shared_edges(result: Result, axis: str) -> list[float] | None:

@@ -70,7 +70,7 @@ def summary_table(result: Result) -> Table:
             ]
             effect = crossed[0] if crossed else None
             back = effect.back_to if effect else None
-            missing = "not yet" if effect else NONE
+            missing = "not reached" if effect else NONE
             rows.append(
                 [
                     f"{stage.stage}: {label}{'' if final.complete else ' (in progress)'}",
@@ -135,13 +135,13 @@ def _effect_cells(effect: Effect) -> list[str]:
         loss(effect.after),
         jump,
         *_never(cells, back),
-        si(good.cost["samples"]) if good else "not yet",
+        si(good.cost["samples"]) if good else "not reached",
         best,
     ]
 
 
 def _never(cells: list[str], crossing: Crossing | None) -> list[str]:
-    return cells if crossing else ["not yet", *cells[1:]]
+    return cells if crossing else ["not reached", *cells[1:]]
 
 
 def finals_table(stage: StageComparison) -> Table:
@@ -166,7 +166,7 @@ def reach_table(stage: StageComparison) -> Table:
     rows = []
     for reach in stage.reaches:
         if reach.reached is None:
-            rest = ["not yet", NONE, NONE, NONE, NONE, loss(reach.best)]
+            rest = ["not reached", NONE, NONE, NONE, NONE, loss(reach.best)]
         else:
             rest = [
                 si(reach.reached.cost["samples"]),

@@ -192,6 +192,22 @@ def test_a_stage_that_only_began(tmp_path: Path) -> None:
     assert tree["transfers"][0]["runs"]["run"]["training"] is None
 
 
+def test_a_first_validation_after_the_transfer_is_noted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", two_stages({n: losses for n, losses in LINGEN.items() if n > 100}))
+    result = measure(load_runs([str(run)], None), 2)
+    assert as_json(result)["transfers"][0]["runs"]["run"]["first_validation"] == 50.0
+    assert any("first validated 50 samples after the transfer to video" in note for note in result.notes)
+
+
+def test_data_fingerprints_are_compared_where_they_are_recorded(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, two_stages(LINGEN)) for name in ("a", "b")]
+    for run in runs:
+        text = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(text.replace('"checkpoint": null', f'"data_fingerprint": "{run.name}"'))
+    warned = measure(load_runs([str(run) for run in runs], None), 2).warnings
+    assert sum("differ in data_fingerprint" in warning for warning in warned) == 2  # once a stage
+
+
 def test_losses_that_are_not_finite_are_left_out_and_said(tmp_path: Path) -> None:
     stages = two_stages(LINGEN)
     stages[1]["train"][150] = float("nan")
