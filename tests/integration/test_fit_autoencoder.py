@@ -11,8 +11,9 @@ import pytest
 from safetensors import safe_open
 
 from data.decode import ClipInfo
+from data.encode import encode_mp4
 from data.shards import Record, write_shards
-from data.synthetic import encode_clip, render_clip
+from data.synthetic import render_clip
 from lingen.autoencoder import load_autoencoder
 from lingen.config import AutoencoderConfig
 
@@ -33,7 +34,7 @@ def _record(number: int, media: bytes) -> Record:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 clips of 9x32x32, of which one is broken."""
     folder = tmp_path_factory.mktemp("shards")
-    clips = (encode_clip(render_clip(0, i, frames=9, size=32)[0], 8.0) for i in range(40))
+    clips = (encode_mp4(render_clip(0, i, frames=9, size=32)[0], 8.0) for i in range(40))
     write_shards((_record(i, b"broken" if i == 7 else media) for i, media in enumerate(clips)), folder)
     return folder
 
