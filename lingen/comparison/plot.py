@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from lingen.comparison.curves import Curve, window_mean
 from lingen.comparison.read import Run, Stage
@@ -117,6 +118,9 @@ def finish(ax: Axes, result: Result, axis: str, *, log: bool, shown: list[list[f
         dress_x(ax, axis)
     if log:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(MaxNLocator(7))  # losses span less than a decade: powers of ten would be one tick
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylim(*loss_limits(shown, log=log))
     for left, right in list(pairwise(edges or []))[1::2]:
         ax.axvspan(left, right, color=BAND, zorder=0)
