@@ -221,7 +221,7 @@ def _write_one(job: _Job) -> None:
     (job.folder / f"{name}.txt").write_text(caption + "\n")
 
 
-CHROMA = (30, 90)  # max(r, g, b) - min(r, g, b) of 255: up to the first a pixel is background, from the second shape
+CHROMA = (50, 110)  # max(r, g, b) - min(r, g, b) of 255: up to the first a pixel is background, from the second shape
 MIN_AREA = 0.005  # share of the screen
 MIN_TRAVEL = 0.15  # share of the screen, over the whole clip
 MIN_GROWTH = 2.0  # of the area
@@ -251,16 +251,16 @@ def check_motion(frames: npt.ArrayLike, motion: str) -> bool:
 
 
 def _motion(mask: Floats, areas: Floats) -> str:
-    """By the track of the mask's middle, then by its area, then by its overlap with itself."""
+    """By the mask's area, then by the track of its middle, then by its overlap with itself."""
     frames, height, width = mask.shape
-    x = (mask.mean(1) @ ((np.arange(width) + 0.5) / width)) / areas  # (F,)
-    y = (mask.mean(2) @ ((np.arange(height) + 0.5) / height)) / areas
     third = max(1, frames // 3)
+    if areas[-third:].mean() > MIN_GROWTH * areas[:third].mean():
+        return "growing"
+    x = mask.sum(1) @ np.arange(width) / (mask.sum((1, 2)) * width)  # (F,) in (0, 1)
+    y = mask.sum(2) @ np.arange(height) / (mask.sum((1, 2)) * height)
     dx, dy = (float(track[-third:].mean() - track[:third].mean()) * frames / (frames - third) for track in (x, y))
     if max(abs(dx), abs(dy)) > MIN_TRAVEL:
         return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
-    if areas[-third:].mean() > MIN_GROWTH * areas[:third].mean():
-        return "growing"
     start = mask[: max(1, frames // 8)].mean(0)  # (H, W); a mean is steadier than one frame
     overlap = np.minimum(mask, start).sum((1, 2)) / np.maximum(mask, start).sum((1, 2))  # (F,)
     return "spinning" if overlap[third:].mean() < MAX_OVERLAP else "still"

@@ -15,7 +15,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.decode import BadSample, probe
-from data.shards import PARTIAL_INDEX, Record, Summary, refuse_used, write_file, write_shards
+from data.shards import INDEX, PARTIAL_INDEX, Record, refuse_used, write_file, write_shards
 from lingen.compose import parse
 from lingen.config import Share
 from lingen.errors import UserError, run_main
@@ -53,6 +53,18 @@ class Entry:
     problem: str | None = None
 
 
+@dataclass
+class Tally:
+    """How many samples were good, and for each reason how many were not."""
+
+    good: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def listed(self) -> str:
+        """For example "2 missing caption, 1 truncated"."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
+
+
 def main(words: list[str]) -> int:
     """Write the shards; the last line on stdout says what was written.
 
@@ -70,31 +82,24 @@ def main(words: list[str]) -> int:
             f"input={folder} holds no videos or images ({', '.join(sorted(MEDIA))}); add some, with captions"
         )
     output.mkdir(parents=True, exist_ok=True)
-    rejected: Counter[str] = Counter()
-    summary = Summary(0, 0, 0)
+    tally = Tally()
     try:
         with (output / "rejected.jsonl").open("w") as log:
-            records = good_records(folder, entries, args.max_bad_share, rejected, log)
-            summary = write_shards(records, output, samples_per_shard=args.samples_per_shard)
+            records = good_records(folder, entries, args.max_bad_share, tally, log)
+            write_shards(records, output, samples_per_shard=args.samples_per_shard)
     except UserError as error:
-        if rejected:
-            kept = (
-                f"; the good ones are kept: rename {PARTIAL_INDEX} to use them"
-                if (output / PARTIAL_INDEX).exists()
-                else ""
-            )
-            raise UserError(f"{error}; {output / 'rejected.jsonl'} names them{kept}") from error
-        raise
+        if not tally.rejected:
+            raise
+        kept = f"; rename {PARTIAL_INDEX} to {INDEX} to use the {tally.good} good ones" if tally.good else ""
+        raise UserError(f"{error}; {output / 'rejected.jsonl'} names them{kept}") from error
     finally:
-        report = {
-            "samples": summary.samples,
-            "shards": summary.shards,
-            "bytes": summary.bytes,
-            "rejected": dict(rejected),
-        }
+        shards = sorted(output.glob("shard-*.tar"))
+        report = {"samples": tally.good, "shards": len(shards), "rejected": dict(tally.rejected)}
         write_file(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    skipped = f", {rejected.total()} rejected ({listed(rejected)})" if rejected else ""
-    print(f"{output}: {summary.samples} samples in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB{skipped}")
+    size = sum(shard.stat().st_size for shard in shards) / 1e6
+    print(
+        f"{output}: {tally.good} samples in {len(shards)} shards, {size:.1f} MB; rejected: {tally.listed() or 'none'}"
+    )
     return 0
 
 
@@ -154,7 +159,7 @@ def manifest_entry(row: Any, number: int) -> Entry:
 
 
 def good_records(
-    folder: Path, entries: list[Entry], max_bad_share: float, rejected: Counter[str], log: TextIO
+    folder: Path, entries: list[Entry], max_bad_share: float, tally: Tally, log: TextIO
 ) -> Iterator[Record]:
     """The entries that can be used; the others are counted and logged.
 
@@ -168,15 +173,16 @@ def good_records(
             if record.key in keys:
                 raise BadSample("duplicate key", record.key)
         except BadSample as bad:
-            rejected[bad.reason] += 1
+            tally.rejected[bad.reason] += 1
             print(json.dumps({"path": entry.name, "reason": bad.reason, "detail": bad.detail}), file=log, flush=True)
-            if rejected.total() > max_bad_share * len(entries):
+            if tally.rejected.total() > max_bad_share * len(entries):
                 raise UserError(
-                    f"{rejected.total()} of {len(entries)} samples are bad ({listed(rejected)}), more than "
+                    f"{tally.rejected.total()} of {len(entries)} samples are bad ({tally.listed()}), more than "
                     f"max_bad_share={max_bad_share:g}"
                 ) from None
             continue
         keys.add(record.key)
+        tally.good += 1
         yield record
 
 
@@ -236,11 +242,6 @@ def key_of(path: Path) -> str:
     except UnicodeEncodeError as error:
         raise BadSample("bad path", "the name is not UTF-8") from error
     return key.replace("%", "%25").replace(".", "%2E")
-
-
-def listed(rejected: Counter[str]) -> str:
-    """For example "2 missing caption, 1 truncated"."""
-    return ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
 
 
 if __name__ == "__main__":
