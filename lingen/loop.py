@@ -25,6 +25,7 @@ from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, init
 from lingen.errors import UserError
 from lingen.export import export_finished
 from lingen.flow import bucket_shift
+from lingen.kernels.ssd import ssd_form
 from lingen.metrics import Metrics
 from lingen.plan import TRAIN_FLOPS, make_plan, print_plan, refuse_impossible
 from lingen.runfolder import (
@@ -83,6 +84,8 @@ def train(config: Config, stop: StopSignal) -> int:
         resume_step=progress.step,
         total_samples=progress.samples - progress.stage_samples + sum(stage.samples for stage in stages),
     )
+    if dist.rank == 0:
+        print_choices(config, dist)
     run = Run(config, dist, inputs, metrics, stop)
     try:
         for stage in stages:
@@ -94,6 +97,17 @@ def train(config: Config, stop: StopSignal) -> int:
         metrics.close()
         dist.close()
     return 0
+
+
+def print_choices(config: Config, dist: Dist) -> None:
+    """What was chosen for this machine, said once."""
+    engine = f"DeepSpeed ZeRO-{config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "torch"
+    scan = f", scan: {ssd_form(dist.device)}" if config.model.name == "lingen" else ""
+    print(
+        f"{run_folder(config)}: {config.model.name} {config.size.name}, {engine} in {config.engine.dtype}, "
+        f"{dist.world} x {dist.device.type}{scan}",
+        flush=True,
+    )
 
 
 def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
@@ -183,7 +197,16 @@ def log_transfer(run: Run, stage: StageConfig, state: StageState) -> None:
     """Write down where the stage came from."""
     entry = state.lineage[-1]
     record = counters("transfer", stage, state.progress)
-    run.metrics.log(record | {"from": entry["from_stage"], "checkpoint": entry["from_checkpoint"]})
+    origin = {"from": entry["from_stage"], "checkpoint": entry["from_checkpoint"]}
+    run.metrics.log(record | origin | fingerprints(run))
+
+
+def fingerprints(run: Run) -> dict[str, str]:
+    """What the run sees: without it, two losses cannot be compared, nor a position in the data understood."""
+    return {
+        "data_fingerprint": run.inputs.index.fingerprint,
+        "autoencoder_fingerprint": run.inputs.autoencoder.fingerprint,
+    }
 
 
 def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> None:
@@ -221,8 +244,7 @@ def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Pat
             "progress": state.progress.as_dict(),
             "position": state.loader.position.as_dict(),
             "lineage": state.lineage,
-            "data_fingerprint": run.inputs.index.fingerprint,
-            "autoencoder_fingerprint": run.inputs.autoencoder.fingerprint,
+            **fingerprints(run),
         },
         architecture=architecture(config),
         final=final,

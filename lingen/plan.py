@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from math import prod
 
@@ -107,7 +108,7 @@ def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
 
 def print_plan(config: Config, plan: Plan) -> None:
     """The plan as a table on stdout."""
-    console = Console(soft_wrap=True)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(
         f"[bold]{config.name}[/bold]: {config.model.name} {config.size.name}, {config.depth} layers of width "
         f"{config.size.d_model}, {plan.parameters:,} parameters"
