@@ -1,0 +1,131 @@
+"""Eligibility, the hold-out, the order of an epoch and the bucket of a step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.batch import Bucket
+from data.buckets import bucket_of_step, eligible, epoch_order, split, starts, stream_seed
+from data.shards import Index
+from lingen.config import DataConfig
+
+DATA = DataConfig(path="unused")
+
+
+def make_index(frames: list[int], fps: list[float]) -> Index:
+    count = len(frames)
+    ones = np.ones(count, np.int64)
+    return Index(
+        path=Path("unused"),
+        shards=["shard-000000.tar"],
+        key=[f"k{n}" for n in range(count)],
+        caption=["c"] * count,
+        frames=np.array(frames, np.int64),
+        fps=np.array(fps),
+        height=ones,
+        width=ones,
+        bytes=ones,
+        shard=0 * ones,
+        offset=0 * ones,
+        sha256=["0"] * count,
+        fingerprint="f",
+    )
+
+
+@pytest.mark.parametrize(
+    ("frames", "source_fps", "bucket_frames", "fps", "fits"),
+    [
+        (17, 8.0, 17, 8.0, True),  # exactly enough
+        (16, 8.0, 17, 8.0, False),  # one frame short
+        (17, 8.0, 17, 7.99, False),  # 16 / 7.99 s is 2.5 ms more than the clip has
+        (120, 29.97002997002997, 17, 4.0298, True),  # 3.9704 of 3.9706 s
+        (120, 29.97002997002997, 17, 4.02, False),
+        (33, 8.0, 65, 16.0, True),  # a faster bucket repeats frames
+        (1, 0.0, 17, 8.0, False),  # an image is no video
+        (1, 0.0, 1, 8.0, True),
+        (17, 8.0, 1, 8.0, False),  # a video is no image, unless the configuration says so
+    ],
+)
+def test_eligible(frames: int, source_fps: float, bucket_frames: int, fps: float, fits: bool) -> None:
+    rows = eligible(make_index([frames], [source_fps]), Bucket(bucket_frames, 8, 8), fps=fps, data=DATA)
+    assert rows.tolist() == ([0] if fits else [])
+
+
+def test_videos_as_images() -> None:
+    index = make_index([1, 17], [0.0, 8.0])
+    data = DATA.model_copy(update={"video_frames_as_images": True})
+    assert eligible(index, Bucket(1, 8, 8), fps=8, data=data).tolist() == [0, 1]
+
+
+def test_split_is_stable_and_near_its_share() -> None:
+    index = make_index([1] * 4000, [0.0] * 4000)
+    train, holdout = split(index, 0.1)
+    assert (train ^ holdout).all()
+    assert 0.08 < holdout.mean() < 0.12
+    fewer = replace(index, key=index.key[::3])
+    assert (split(fewer, 0.1)[1] == holdout[::3]).all()  # other samples do not matter
+    assert not split(index, 0.0)[1].any()
+    assert (holdout <= split(index, 0.2)[1]).all()  # a larger share keeps what was held out
+
+
+def test_epoch_order_is_a_permutation_inside_windows_of_shards() -> None:
+    shard_of = np.repeat(np.arange(10), 7)
+    members = np.flatnonzero(np.arange(70) % 5 != 0)
+    order = epoch_order(members, shard_of, seed=3, epoch=0, window_shards=4)
+    assert sorted(order) == members.tolist()
+    ends = [max(np.flatnonzero(shard_of[order] == s)) for s in range(10)]
+    begins = [min(np.flatnonzero(shard_of[order] == s)) for s in range(10)]
+    # the shards of a window all end before any shard of the next window begins
+    by_begin = sorted(range(10), key=lambda s: begins[s])
+    groups = [by_begin[0:4], by_begin[4:8], by_begin[8:10]]
+    for before, after in pairwise(groups):
+        assert max(ends[s] for s in before) < min(begins[s] for s in after)
+    # inside a window the shards are mixed
+    assert min(ends[s] for s in groups[0]) > max(begins[s] for s in groups[0])
+
+
+def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:
+    shard_of, members = np.repeat(np.arange(5), 20), np.arange(100)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return epoch_order(members, shard_of, seed=seed, epoch=epoch, window_shards=8).tolist()
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
+
+
+def test_orders_never_change() -> None:
+    """A checkpoint's position is a place in this order: a change of the hash would silently reorder running jobs."""
+    order = epoch_order(
+        np.arange(12), np.repeat(np.arange(3), 4), seed=stream_seed(0, "a", "1x8x8"), epoch=1, window_shards=2
+    )
+    assert order.tolist() == [3, 11, 10, 8, 0, 2, 1, 9, 4, 6, 7, 5]
+    assert starts(7, np.arange(3)).round(6).tolist() == [0.506935, 0.415087, 0.558558]
+
+
+def test_starts_are_uniform() -> None:
+    values = starts(5, np.arange(20_000))
+    assert values.min() >= 0 and values.max() < 1
+    assert np.abs(np.histogram(values, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
+
+
+@pytest.mark.parametrize("shares", [[1.0], [3.0, 1.0], [0.7, 0.2, 0.1], [1.0, 1.0, 1.0, 1e-3], [0.37, 0.41, 0.22, 5.0]])
+def test_each_bucket_gets_its_share_of_every_stretch(shares: list[float]) -> None:
+    steps = 3000
+    schedule = np.array([bucket_of_step(shares, step) for step in range(steps)])
+    for bucket, share in enumerate(shares):
+        due = np.arange(1, steps + 1) * share / sum(shares)
+        assert np.abs(np.cumsum(schedule == bucket) - due).max() < 2
+
+
+def test_a_longer_schedule_begins_with_the_shorter_one() -> None:
+    shares = [0.5, 0.3, 0.2]
+    assert [bucket_of_step(shares, step) for step in range(1000, 1050)] == [
+        bucket_of_step(shares, step) for step in sorted(range(1000, 1050), reverse=True)
+    ][::-1]
+    assert [bucket_of_step([3, 1], step) for step in range(8)] == [0, 0, 1, 0, 0, 0, 1, 0]
