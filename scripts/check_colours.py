@@ -1,8 +1,8 @@
-"""Does a model put the asked colour on screen? ``python scripts/check_colours.py runs=[DIR,...] out=FILE.json``.
+"""Does a model put the asked colour on screen? ``python scripts/check_colours.py checkpoint=DIR out=FILE.json``.
 
-Samples videos of "a COLOUR SHAPE ..." from each run's last export, and from the same model untrained, and decides from
-the pixels whether the asked colour is the dominant saturated one (data/synthetic.py). Only for models that were trained
-on the rendered world.
+Samples videos of "a COLOUR SHAPE ..." from an export, a run or a checkpoint, and from the same model untrained, and
+decides from the pixels whether the asked colour is the dominant saturated one (data/synthetic.py). Only for models
+that were trained on the rendered world.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Words(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    runs: list[str] = Field(min_length=1)
+    checkpoint: str
     out: str
     frames: PositiveInt | None = None
     height: PositiveInt | None = None
@@ -60,16 +60,13 @@ def main() -> None:
             hits += sum(check_colour(v.numpy(), c) for v, (c, _, _) in zip(videos, part, strict=True))
         return hits / len(asked)
 
-    results = {}
-    for run in words.runs:
-        trained = LinGenPipeline.from_pretrained(run)
-        results[run] = {"trained": share(trained), "untrained": share(trained.untrained()), "videos": len(asked)}
-        print(
-            f"{run}: the asked colour is on screen in {results[run]['trained']:.0%} of {len(asked)} videos, "
-            f"and in {results[run]['untrained']:.0%} from the untrained model",
-            flush=True,
-        )
-    write_aside(Path(words.out), json.dumps(results, indent=1) + "\n")
+    trained = LinGenPipeline.from_pretrained(words.checkpoint)
+    found = {"trained": share(trained), "untrained": share(trained.untrained()), "videos": len(asked)}
+    print(
+        f"the asked colour is on screen in {found['trained']:.0%} of {found['videos']} videos, "
+        f"and in {found['untrained']:.0%} from the untrained model"
+    )
+    write_aside(Path(words.out), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -44,15 +46,57 @@ class Words(BaseModel):
     overrides: str = ""
 
 
-def run(*words: str | Path) -> None:
-    """Run one of the project's commands; where it fails, so does the demo, with its exit code."""
+def announce(words: Sequence[str | Path]) -> list[str]:
+    """Print a command as a user would type it, and return it as words."""
     line = [str(word) for word in words]
     print(f"\n$ python {shlex.join(line)}", flush=True)
-    began = time.perf_counter()
-    code = subprocess.run([sys.executable, *line], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+    return line
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """This process's, with the repository on the path and, where it is given, so many threads for torch."""
+    return os.environ | {"PYTHONPATH": str(ROOT)} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+
+
+def run(*words: str | Path) -> None:
+    """Run one of the project's commands; where it fails, so does the demo, with its exit code."""
+    code = subprocess.run([sys.executable, *announce(words)], cwd=ROOT, env=environment()).returncode
     if code:
         sys.exit(code)
-    print(f"({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+def run_together(commands: dict[str, Sequence[str | Path]]) -> None:
+    """Run one command a model side by side, the cores shared out, each line of theirs behind the model's name.
+
+    Models this small use half of the cores twice better than all of them once.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(commands))
+    children = {}
+    for model, words in commands.items():
+        children[model] = subprocess.Popen(
+            [sys.executable, *announce(words)],
+            cwd=ROOT,
+            env=environment(threads),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        with ThreadPoolExecutor(len(children)) as pool:
+            codes = list(pool.map(follow, children, children.values()))
+    finally:
+        for child in children.values():
+            child.terminate()  # Ctrl-C ends both; a training saves first
+    if any(codes):
+        sys.exit(max(codes))
+
+
+def follow(model: str, child: subprocess.Popen[str]) -> int:
+    """Repeat a child's lines until it ends; returns its exit code."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        print(f"{model:>7} | {line}", end="", flush=True)
+    return child.wait()
 
 
 def add_footage(folder: Path) -> None:
@@ -81,25 +125,43 @@ def prepare(words: Words, out: Path) -> None:
 
 
 def train(words: Words, out: Path) -> None:
-    """Both models through the same curriculum."""
-    runs_dir = (
+    """Both models through the same curriculum, side by side."""
+    shared = (
         f"runs_dir={out.parent}",
         f"data.path={out / 'shards'}",
         f"autoencoder.path={out / 'autoencoder.safetensors'}",
     )
-    for model in MODELS:
-        name = f"name={out.name}/{model}"
-        run("train.py", "experiment=demo", f"model={model}", name, *runs_dir, *shlex.split(words.overrides))
+    run_together(
+        {
+            model: (
+                "train.py",
+                "experiment=demo",
+                f"model={model}",
+                f"name={out.name}/{model}",
+                *shared,
+                *shlex.split(words.overrides),
+            )
+            for model in MODELS
+        }
+    )
 
 
 def show(out: Path) -> None:
-    """The report, a sampled video of each model, and whether the asked colour is on screen."""
-    runs, report = [out / model for model in MODELS], out / "report"
-    listed = f"runs=[{','.join(map(str, runs))}]"
-    run("scripts/compare.py", listed, f"out={report}")
-    for folder in runs:
-        run("scripts/sample.py", f"checkpoint={folder}", f"prompt={PROMPT}", f"out={folder / 'samples'}", "count=2")
-    run("scripts/check_colours.py", listed, f"out={report / 'colours.json'}")
+    """The report, sampled videos of each model, and whether the asked colour is on screen."""
+    runs = {model: out / model for model in MODELS}
+    run("scripts/compare.py", f"runs=[{','.join(map(str, runs.values()))}]", f"out={out / 'report'}")
+    run_together(
+        {
+            model: ("scripts/sample.py", f"checkpoint={run}", f"prompt={PROMPT}", f"out={run / 'samples'}", "count=2")
+            for model, run in runs.items()
+        }
+    )
+    run_together(
+        {
+            model: ("scripts/check_colours.py", f"checkpoint={run}", f"out={run / 'colours.json'}")
+            for model, run in runs.items()
+        }
+    )
 
 
 def main() -> None:
@@ -111,12 +173,16 @@ def main() -> None:
     train(words, out)
     show(out)
     print(f"\nThe demo took {(time.perf_counter() - began) / 60:.1f} minutes.")
-    colours = json.loads((out / "report" / "colours.json").read_text())
-    for folder, found in colours.items():
-        print(f"asked colour on screen, {folder}: trained {found['trained']:.0%}, untrained {found['untrained']:.0%}")
+    for model in MODELS:
+        found = json.loads((out / model / "colours.json").read_text())
+        print(
+            f"{model}: the asked colour is on screen in {found['trained']:.0%} of {found['videos']} videos, "
+            f"and in {found['untrained']:.0%} from the untrained model"
+        )
+    for model in MODELS:
+        print(*sorted((out / model / "samples").iterdir()), sep="\n")
     for model in MODELS:
         print(out / model)
-        print(*sorted((out / model / "samples").iterdir()), sep="\n")
     for name in ("loss_curves.png", "report.html", "compare.json"):
         print(out / "report" / name)
 
