@@ -167,7 +167,10 @@ def _open_decord(media: bytes) -> Reader:
     times: Times = video.get_frame_timestamp(range(len(video)))[:, 0].astype(np.float64)  # (F,)
 
     def read(indices: list[int]) -> Frames:
-        frames: Frames = video.get_batch(indices).asnumpy()
+        try:
+            frames: Frames = video.get_batch(indices).asnumpy()
+        except decord.base.DECORDError:  # it cannot copy padded rows, which videos 16, 24, 48 or 72 pixels wide have
+            return _open_pyav(media)[1](indices)
         return frames
 
     return times, read

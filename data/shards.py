@@ -190,8 +190,8 @@ def write_shards(
 ) -> Summary:
     """Write samples, in their order, as shards with an index.
 
-    A shard is closed at ``samples_per_shard`` samples or ``shard_bytes`` bytes. Keys must be distinct and without dots
-    (WebDataset ends a key at its first dot). Where ``records`` raises, what came before is kept: the shard under way
+    A shard is closed at ``samples_per_shard`` samples or ``shard_bytes`` bytes of media. Keys must be distinct and
+    without dots (WebDataset ends a key at its first dot). Where ``records`` raises, what came before is kept: the shard under way
     is closed, index.partial.json lists all samples, and the error goes on. Renamed to index.json it is a good index.
 
     Raises:
@@ -232,6 +232,7 @@ class _Writer:
         self.samples = _Columns()
         self.stream: BinaryIO | None = None
         self.media_names: list[str] = []  # of the shard under way
+        self.media_bytes = 0
 
     def add(self, record: Record) -> None:
         if not record.key or "." in record.key:
@@ -243,6 +244,7 @@ class _Writer:
         suffix, caption = record.sidecar
         self.tar.write({"__key__": record.key, record.suffix: record.media, suffix: caption})
         self.media_names.append(f"{record.key}.{record.suffix}")
+        self.media_bytes += len(record.media)
         row = {
             "key": record.key,
             "caption": record.caption,
@@ -253,7 +255,7 @@ class _Writer:
         }
         for name, value in row.items():
             getattr(self.samples, name).append(value)
-        if len(self.media_names) == self.samples_per_shard or self.stream.tell() >= self.shard_bytes:
+        if len(self.media_names) == self.samples_per_shard or self.media_bytes >= self.shard_bytes:
             self.close_shard()
 
     def close_shard(self) -> None:
@@ -267,7 +269,7 @@ class _Writer:
         with tarfile.open(path) as tar:
             offsets = {member.name: member.offset_data for member in tar}
         self.samples.offset.extend(offsets[name] for name in self.media_names)
-        self.media_names = []
+        self.media_names, self.media_bytes = [], 0
         name = path.name.removesuffix(".tmp")
         self.shards.append(_ShardEntry(name=name, bytes=path.stat().st_size))
         _rename(path, self.folder / name)

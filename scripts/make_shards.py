@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -195,17 +196,19 @@ def read_entry(folder: Path, entry: Entry) -> Record:
     if entry.problem:
         raise BadSample(entry.problem)
     root = folder.resolve()
+    file = Path(os.path.normpath(root / entry.name))
     try:
-        file = (root / entry.name).resolve()
+        inside = file.is_relative_to(root) and file.resolve().is_relative_to(root)  # a link may lead out, too
     except (OSError, ValueError, RuntimeError) as error:  # a null byte, a loop of links
         raise BadSample("bad path", str(error)) from error
-    if not file.is_relative_to(root):
+    if not inside:
         raise BadSample("path leaves the input folder", str(file))
     if file.suffix.lower() not in MEDIA:
         raise BadSample("neither a video nor an image", file.suffix)
-    key = key_of(Path(entry.name))
-    sidecar = read_caption(file) if entry.caption is None else ("txt", entry.caption.encode(), entry.caption)
-    suffix, content, caption = sidecar
+    key = key_of(file.relative_to(root))
+    suffix, content, caption = (
+        read_caption(file) if entry.caption is None else ("txt", entry.caption.encode(), entry.caption)
+    )
     if not caption.strip():
         raise BadSample("missing caption")
     try:
@@ -237,7 +240,7 @@ def key_of(path: Path) -> str:
         BadSample: the name cannot be written down as text.
     """
     try:
-        key = Path(*path.parts).with_suffix("").as_posix()
+        key = path.with_suffix("").as_posix()
         key.encode()
     except UnicodeEncodeError as error:
         raise BadSample("bad path", "the name is not UTF-8") from error

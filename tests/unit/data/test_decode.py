@@ -84,6 +84,13 @@ def test_both_decoders_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (clips[0] - clips[1]).abs().mean() < 2  # the colour conversions round differently
 
 
+@pytest.mark.parametrize("size", [16, 48, 50])
+def test_narrow_videos(size: int) -> None:
+    media = counting_clip(size=size)
+    assert probe(media).width == size
+    assert shown(decode_clip(media, frames=20, height=16, width=16, fps=8, start=0)) == list(range(20))
+
+
 def test_the_source_covers_the_bucket_and_its_middle_is_kept() -> None:
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, 40:80] = 255  # the middle third

@@ -1,0 +1,380 @@
+"""The loader: exact order and set under kills, worlds, workers and accumulation; holes; the limit on bad samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data.pipeline
+from data.batch import Batch, Bucket
+from data.buckets import epoch_order, split, stream_seed
+from data.decode import probe
+from data.encode import encode_mp4
+from data.pipeline import PADDING, Position, StageLoader, check_buckets, holdout_batches, rank_slices
+from data.shards import Index, Record, load_index, write_shards
+from lingen.config import BucketConfig, DataConfig, StageConfig
+from lingen.errors import UserError
+
+IMAGES, CLIPS = 41, 23
+
+
+def record(key: str, media: bytes, suffix: str) -> Record:
+    return Record(key, f"caption of {key}", media, suffix, probe(media), ("txt", b"caption"))
+
+
+def image(level: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def clip(seed: int) -> bytes:
+    """Twelve frames whose brightness rises, so that the pixels tell where the window lay."""
+    rising = (20 * np.arange(12) + seed).astype(np.uint8)[:, None, None, None]
+    return encode_mp4(np.ascontiguousarray(np.broadcast_to(rising, (12, 16, 16, 3))), 8.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("loader") / "shards"
+    records = [record(f"image-{n}", image(n), "png") for n in range(IMAGES)]
+    records += [record(f"clip-{n}", clip(n), "mp4") for n in range(CLIPS)]
+    random.Random(0).shuffle(records)
+    write_shards(records, out, samples_per_shard=6)
+    return out
+
+
+@pytest.fixture
+def index(folder: Path) -> Index:
+    return load_index(folder)
+
+
+def config(folder: Path, **changes: object) -> DataConfig:
+    return DataConfig.model_validate(
+        {"path": str(folder), "workers": 0, "window_shards": 3, "holdout_share": 0.1, "prefetch": 2} | changes
+    )
+
+
+def make_stage(*, samples: int = 10_000, images: int = 24, clips: int = 12, name: str = "stage") -> StageConfig:
+    buckets = [
+        BucketConfig(frames=1, height=8, width=8, batch_size=images, share=2),
+        BucketConfig(frames=5, height=8, width=8, batch_size=clips, share=1),
+    ]
+    return StageConfig(name=name, buckets=buckets, samples=samples, lr=1e-3, fps=8)
+
+
+Step = list[tuple[str, bytes]]  # (key, pixels) of a global batch, by position
+
+
+def run_world(
+    index: Index,
+    stage: StageConfig,
+    data: DataConfig,
+    position: Position,
+    *,
+    steps: int,
+    world: int = 1,
+    grad_accumulation: int = 1,
+) -> tuple[list[Step], Position]:
+    """Some steps of all ranks, and the position as a checkpoint would bring it back."""
+    loaders = [
+        StageLoader(
+            index,
+            stage,
+            data,
+            seed=5,
+            rank=rank,
+            world=world,
+            grad_accumulation=grad_accumulation,
+            position=position,
+        )
+        for rank in range(world)
+    ]
+    iterators = [iter(loader) for loader in loaders]
+    done = []
+    for _ in range(steps):
+        parts = [next(iterator) for iterator in iterators]
+        assert all(len(part) == grad_accumulation for part in parts)
+        done.append(merge([batch for part in parts for batch in part]))
+        assert len({json.dumps(loader.position.as_dict()) for loader in loaders}) == 1
+    return done, Position.from_dict(json.loads(json.dumps(loaders[0].position.as_dict())))
+
+
+def merge(batches: list[Batch]) -> Step:
+    """The global batch; every position is there once, and all is of one bucket."""
+    assert len({batch.bucket for batch in batches}) == 1 and len({len(batch.keys) for batch in batches}) == 1
+    rows = {
+        int(at): (key, pixels.numpy().tobytes())
+        for batch in batches
+        for at, key, pixels in zip(batch.positions, batch.keys, batch.pixels, strict=True)
+    }
+    assert sorted(rows) == list(range(sum(len(batch.keys) for batch in batches)))
+    return [rows[at] for at in sorted(rows)]
+
+
+def test_kills_with_changing_worlds_workers_and_accumulation(index: Index, folder: Path) -> None:
+    stage, total = make_stage(), 30
+    reference, _ = run_world(index, stage, config(folder), Position(), steps=total)
+    chance = random.Random(1)
+    done: list[Step] = []
+    position, lives = Position(), 0
+    while len(done) < total:
+        workers = chance.choice([0, 0, 0, 1, 2])
+        steps = min(chance.randint(1, 4), total - len(done))
+        world, accumulation = chance.choice([(1, 1), (2, 1), (4, 1), (1, 3), (2, 2), (4, 3), (3, 2)])
+        more, position = run_world(
+            index,
+            stage,
+            config(folder, workers=workers),
+            position,
+            steps=steps,
+            world=world,
+            grad_accumulation=accumulation,
+        )
+        done, lives = done + more, lives + 1
+    assert lives > 8
+    assert done == reference  # keys, order and every pixel
+    assert position.step == total
+
+
+def test_every_epoch_has_every_sample_once_in_the_published_order(index: Index, folder: Path) -> None:
+    stage, data = make_stage(), config(folder)
+    steps, _ = run_world(index, stage, data, Position(), steps=30)
+    streams: dict[str, list[str]] = defaultdict(list)
+    for step in steps:
+        streams[step[0][0].split("-")[0]] += [key for key, _ in step]
+    train, _ = split(index, data.holdout_share)
+    for kind, bucket in (("image", "1x8x8"), ("clip", "5x8x8")):
+        members = np.array([n for n, key in enumerate(index.key) if key.startswith(kind) and train[n]])
+        epochs = len(streams[kind]) // len(members)
+        assert epochs >= 3
+        for epoch in range(epochs):
+            seed = stream_seed(5, "stage", bucket)
+            order = epoch_order(members, index.shard, seed=seed, epoch=epoch, window_shards=3)
+            got = streams[kind][epoch * len(members) : (epoch + 1) * len(members)]
+            assert got == [index.key[n] for n in order]
+            assert len(set(got)) == len(members)
+
+
+def test_shares_of_steps_and_end_of_stage(index: Index, folder: Path) -> None:
+    stage = make_stage(samples=24 * 4 + 12 * 2)
+    loader = StageLoader(index, stage, config(folder), seed=0, rank=0, world=1, grad_accumulation=1)
+    counts = Counter(str(batches[0].bucket) for batches in loader)
+    assert counts == {"1x8x8": 4, "5x8x8": 2}
+    assert loader.position.consumed == {"1x8x8": 96, "5x8x8": 24}
+    assert list(loader) == []  # finished
+
+
+def test_resuming_far_on_reads_nothing_before(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = data.pipeline.read_member
+    monkeypatch.setattr(data.pipeline, "read_member", lambda *a, **k: reads.append(a[1]) or real(*a, **k))
+    train = check_buckets(index, [make_stage()], config(folder))["stage"]["1x8x8"].train
+    far = Position(2 * 10**6, {"1x8x8": train * 10**5 - 3, "5x8x8": 7})
+    stage = make_stage(samples=10**9)
+    loader = StageLoader(index, stage, config(folder), seed=0, rank=0, world=1, grad_accumulation=1, position=far)
+    batches = next(iter(loader))
+    assert len(reads) == len(batches[0].keys) == 24
+
+
+def test_the_window_differs_between_epochs_and_stages(index: Index, folder: Path) -> None:
+    def pixels(name: str) -> dict[str, set[bytes]]:
+        seen = defaultdict(set)
+        for step in run_world(index, make_stage(name=name), config(folder), Position(), steps=30)[0]:
+            for key, value in step:
+                seen[key].add(value)
+        return seen
+
+    one, two = pixels("one"), pixels("two")
+    clips = [key for key in one if key.startswith("clip")]
+    assert sum(len(one[key]) > 1 for key in clips) > len(clips) / 2
+    assert any(one[key] != two.get(key) for key in clips)
+    assert all(len(one[key]) == 1 for key in one if key.startswith("image"))
+
+
+def test_rank_slices_are_contiguous() -> None:
+    parts = [rank_slices(24, rank, 2, 3) for rank in range(2)]
+    assert [part.tolist() for part in parts[1]] == [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]]
+    assert sorted(int(n) for part in parts for micro in part for n in micro) == list(range(24))
+
+
+def damage(folder: Path, out: Path, keys: list[str]) -> Index:
+    """A copy of the shards where one byte in the middle of these samples is flipped."""
+    out.mkdir()
+    for file in folder.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    index = load_index(out)
+    for key in keys:
+        n = index.key.index(key)
+        with (out / index.shards[index.shard[n]]).open("r+b") as shard:
+            shard.seek(int(index.offset[n] + index.bytes[n] // 2))
+            byte = shard.read(1)[0]
+            shard.seek(-1, os.SEEK_CUR)
+            shard.write(bytes([byte ^ 0xFF]))
+    return load_index(out)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_is_a_hole(index: Index, folder: Path, tmp_path: Path, workers: int) -> None:
+    stage = make_stage(samples=300)
+    reference, _ = run_world(index, stage, config(folder), Position(), steps=9)
+    bad_keys = {reference[0][3][0], reference[2][1][0]}
+    hurt = damage(folder, tmp_path / "hurt", sorted(bad_keys))
+    log, data = tmp_path / "logs" / "bad.jsonl", config(folder, max_bad_share=0.2, workers=workers)
+    loader = StageLoader(hurt, stage, data, seed=5, rank=0, world=1, grad_accumulation=1, bad_log=log)
+    holes = 0
+    for expected, (batch,) in zip(reference, loader, strict=False):
+        for n, (key, pixels) in enumerate(expected):
+            assert batch.keys[n] == key and int(batch.positions[n]) == n
+            assert bool(batch.valid[n]) == (key not in bad_keys)
+            if batch.valid[n]:
+                assert batch.pixels[n].numpy().tobytes() == pixels and batch.captions[n] == f"caption of {key}"
+            else:
+                holes += 1
+                assert (batch.pixels[n] == 128).all() and batch.captions[n] == ""
+    assert holes >= 2 and loader.bad == {"wrong checksum": holes}
+    lines = [json.loads(line) for line in (log.parent / "bad-rank0.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in lines} == bad_keys and len(lines) == holes
+    assert all(line["reason"] == "wrong checksum" for line in lines)
+
+
+def test_too_many_bad_samples_end_the_run(folder: Path, tmp_path: Path, index: Index) -> None:
+    hurt = damage(folder, tmp_path / "hurt", [key for key in index.key if key.startswith("image")][::3])
+    loader = StageLoader(hurt, make_stage(), config(folder), seed=5, rank=0, world=1, grad_accumulation=1)
+    handed_out = 0
+    with pytest.raises(UserError, match=r"wrong checksum.*data\.max_bad_share=0\.05"):
+        for _ in loader:
+            handed_out += 1
+    assert loader.read >= 100 and handed_out == loader.position.step  # the failing step is not counted
+
+
+def test_a_shard_that_vanishes_is_holes_not_a_crash(folder: Path, tmp_path: Path) -> None:
+    hurt = damage(folder, tmp_path / "hurt", [])
+    (tmp_path / "hurt" / hurt.shards[0]).unlink()
+    loader = StageLoader(
+        hurt, make_stage(samples=200), config(folder, max_bad_share=1.0), seed=5, rank=0, world=1, grad_accumulation=1
+    )
+    invalid = sum(int((~batch.valid).sum()) for (batch,) in loader)
+    assert invalid == loader.bad["cannot be read"] > 0
+
+
+def test_workers_end_with_the_loop_and_outlive_signals(index: Index, folder: Path) -> None:
+    before = set(multiprocessing.active_children())
+    loader = StageLoader(index, make_stage(), config(folder, workers=2), seed=5, rank=0, world=1, grad_accumulation=1)
+    batches = iter(loader)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:  # what Slurm and Ctrl-C send to every process of a job
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+    for _ in range(12):
+        next(batches)
+    assert all(worker.is_alive() for worker in workers)
+    began = time.monotonic()
+    batches.close()
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+    assert time.monotonic() - began < 10
+
+
+def test_position_is_plain_json_and_counts_steps(index: Index, folder: Path) -> None:
+    _, position = run_world(index, make_stage(), config(folder), Position(), steps=4)
+    assert position.as_dict() == {"step": 4, "consumed": {"1x8x8": 72, "5x8x8": 12}}
+    assert Position.from_dict(position.as_dict()) == position
+
+
+def test_batch_size_must_divide(index: Index, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"batch_size=24.*5 ranks"):
+        StageLoader(index, make_stage(), config(folder), seed=0, rank=0, world=5, grad_accumulation=1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "data", "message"),
+    [
+        (33, 8, {}, r"bucket 33x8x8 is empty: 33 frames at fps=8 need 4.00 s .* has 1.38 s"),
+        (1, 8, {"holdout_share": 0.9999}, "held out"),
+    ],
+)
+def test_an_empty_bucket_is_refused(
+    index: Index, folder: Path, frames: int, fps: float, data: dict[str, object], message: str
+) -> None:
+    bucket = BucketConfig(frames=frames, height=8, width=8, batch_size=4)
+    stage = StageConfig(name="s", buckets=[bucket], samples=8, lr=1, fps=fps)
+    with pytest.raises(UserError, match=message):
+        StageLoader(index, stage, config(folder, **data), seed=0, rank=0, world=1, grad_accumulation=1)
+
+
+def test_shared_memory_too_small_is_refused(index: Index, folder: Path) -> None:
+    bucket = BucketConfig(frames=5, height=80_000, width=80_000, batch_size=64)
+    stage = StageConfig(name="s", buckets=[bucket], samples=8, lr=1, fps=8)
+    with pytest.raises(UserError, match=r"data\.prefetch"):
+        StageLoader(index, stage, config(folder, workers=4), seed=0, rank=0, world=1, grad_accumulation=1)
+
+
+def test_check_buckets(index: Index, folder: Path) -> None:
+    counts = check_buckets(index, [make_stage()], config(folder))["stage"]
+    assert sum(counts["1x8x8"]) == IMAGES and sum(counts["5x8x8"]) == CLIPS
+    assert counts["1x8x8"].holdout > 0
+    nothing = check_buckets(index, [make_stage()], config(folder, holdout_share=0.0))["stage"]
+    assert nothing["5x8x8"] == (CLIPS, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_holdout_is_one_fixed_set_for_every_world(index: Index, folder: Path, world: int) -> None:
+    bucket, data = BucketConfig(frames=5, height=8, width=8, batch_size=1), config(folder, holdout_share=0.5)
+
+    def batches(rank: int, world: int, limit: int = 7) -> list[Batch]:
+        return list(holdout_batches(index, bucket, 8.0, data, limit=limit, batch_size=2, rank=rank, world=world))
+
+    def valid_rows(some: list[Batch]) -> dict[int, tuple[str, bytes]]:
+        return {
+            int(b.positions[n]): (b.keys[n], b.pixels[n].numpy().tobytes())
+            for b in some
+            for n in range(len(b.keys))
+            if b.valid[n]
+        }
+
+    alone = valid_rows(batches(0, 1))
+    assert sorted(alone) == list(range(7)) and len({key for key, _ in alone.values()}) == 7
+    ranks = [batches(rank, world) for rank in range(world)]
+    merged: dict[int, tuple[str, bytes]] = {}
+    for some in ranks:
+        merged |= valid_rows(some)
+    assert merged == alone
+    assert len({tuple(len(batch.keys) for batch in some) for some in ranks}) == 1  # equal steps on all ranks
+    _, holdout = split(index, 0.5)
+    assert all(holdout[index.key.index(key)] for key, _ in alone.values())
+    fewer = valid_rows(batches(0, 1, limit=3))
+    assert fewer == {n: alone[n] for n in range(3)}
+
+
+def test_holdout_of_nothing_is_empty(index: Index, folder: Path) -> None:
+    bucket = BucketConfig(frames=5, height=8, width=8, batch_size=1)
+    data = config(folder, holdout_share=0.0)
+    assert list(holdout_batches(index, bucket, 8.0, data, limit=7, batch_size=2, rank=0, world=2)) == []
+    assert PADDING < 0
+
+
+def test_batches_are_what_the_contract_says(index: Index, folder: Path) -> None:
+    loader = StageLoader(index, make_stage(), config(folder), seed=5, rank=1, world=2, grad_accumulation=2)
+    batch = next(iter(loader))[1]
+    assert batch.bucket == Bucket(1, 8, 8)
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (6, 3, 1, 8, 8)
+    assert batch.positions.dtype == torch.int64 and batch.positions.tolist() == [18, 19, 20, 21, 22, 23]
+    assert batch.valid.dtype == torch.bool and len(batch.captions) == len(batch.keys) == 6
+    levels = batch.pixels[:, 0, 0, 0, 0].tolist()
+    assert [f"image-{level}" for level in levels] == batch.keys

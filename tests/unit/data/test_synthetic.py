@@ -1,0 +1,160 @@
+"""The rendered world: captions say what is shown, the checks agree with them, and equal seeds give equal files."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.decode import decode_clip, probe
+from data.encode import encode_mp4
+from data.synthetic import (
+    CAMERAS,
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    Scene,
+    check_colour,
+    check_motion,
+    parse_caption,
+    render_clip,
+    write_world,
+)
+from lingen.errors import UserError
+
+CLIPS = 60
+
+
+def compressed(pixels: np.ndarray) -> np.ndarray:
+    """(F, S, S, 3) through H.264 and back."""
+    frames, size = pixels.shape[:2]
+    media = encode_mp4(pixels, 8.0)
+    clip = decode_clip(media, frames=frames, height=size, width=size, fps=8, start=0)
+    return clip.permute(1, 2, 3, 0).numpy()
+
+
+def blurred(pixels: np.ndarray) -> np.ndarray:
+    """About what a coarse autoencoder leaves: no detail below three pixels, and noise."""
+    clip = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # (F, 3, S, S)
+    small = torch.nn.functional.interpolate(clip, scale_factor=0.4, mode="area")
+    back = torch.nn.functional.interpolate(small, size=clip.shape[-2:], mode="bicubic")
+    noisy = back + 6 * torch.randn(back.shape, generator=torch.Generator().manual_seed(0))
+    return noisy.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def world() -> list[tuple[np.ndarray, Scene]]:
+    return [
+        (pixels, parse_caption(text)) for pixels, text in (render_clip(7, n, frames=17, size=64) for n in range(CLIPS))
+    ]
+
+
+def test_captions_name_everything(world: list[tuple[np.ndarray, Scene]]) -> None:
+    scenes = [scene for _, scene in world]
+    assert {scene.colour for scene in scenes} == set(COLORS)
+    assert {scene.shape for scene in scenes} == set(SHAPES)
+    assert {scene.motion for scene in scenes} == set(MOTIONS)
+    assert {scene.camera for scene in scenes} == set(CAMERAS)
+    _, caption = render_clip(7, 0, frames=1, size=64)
+    picture = parse_caption(caption)
+    assert picture.colour in COLORS and picture.shape in SHAPES and picture.motion is None and picture.camera is None
+
+
+@pytest.mark.parametrize(
+    ("caption", "scene"),
+    [
+        ("a red circle moving left", Scene("red", "circle", "left", "static")),
+        ("A BLUE star drifting right while the camera pans left", Scene("blue", "star", "right", "pan left")),
+        ("an orange square not moving, the camera zooms in", Scene("orange", "square", "still", "zoom in")),
+        ("a picture of a pink triangle on a smooth gradient", Scene("pink", "triangle", None, None)),
+        ("the green circle floating upwards", Scene("green", "circle", "up", "static")),
+        ("nothing that we know", Scene(None, None, None, None)),
+    ],
+)
+def test_parse_caption(caption: str, scene: Scene) -> None:
+    assert parse_caption(caption) == scene
+
+
+def test_every_phrase_means_one_motion() -> None:
+    for (motion, phrases), (_, cameras) in product(MOTIONS.items(), CAMERAS.items()):
+        for phrase, camera in product(phrases, cameras):
+            assert parse_caption(f"a red star {phrase} on a smooth gradient{camera}").motion == motion
+
+
+@pytest.mark.parametrize(("degrade", "least"), [(lambda x: x, 1.0), (compressed, 0.98), (blurred, 0.95)])
+def test_the_checks_agree_with_the_captions(world, degrade, least: float) -> None:  # type: ignore[no-untyped-def]
+    colours = motions = 0
+    for pixels, scene in world:
+        shown = degrade(pixels)
+        colours += check_colour(shown, scene.colour)
+        motions += check_motion(shown, scene.motion)
+        others = [colour for colour in COLORS if colour != scene.colour]
+        assert not any(check_colour(shown, colour) for colour in others)
+        assert sum(check_motion(shown, motion) for motion in MOTIONS) <= 1
+    assert colours / CLIPS >= min(least + 0.02, 1.0)
+    assert motions / CLIPS >= least
+
+
+def test_noise_and_grey_have_no_colour() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    faint = rng.integers(110, 140, (5, 64, 64, 3), dtype=np.uint8)
+    for clip in (noise, faint, np.full((5, 64, 64, 3), 128, np.uint8)):
+        assert not any(check_colour(clip, colour) for colour in COLORS)
+    assert not any(check_motion(faint, motion) for motion in MOTIONS)
+
+
+def test_two_colours_are_decided_by_area() -> None:
+    clip = np.full((3, 40, 40, 3), 120, np.uint8)
+    clip[:, :20, :20] = COLORS["red"]
+    clip[:, 30:, 30:] = COLORS["blue"]
+    assert check_colour(clip, "red") and not check_colour(clip, "blue")
+    clip[:] = 120
+    clip[:, :2, :2] = COLORS["red"]  # a speck
+    assert not check_colour(clip, "red")
+
+
+def test_the_checks_take_both_layouts(world: list[tuple[np.ndarray, Scene]]) -> None:
+    for pixels, scene in world[:5]:
+        other = torch.from_numpy(pixels).permute(3, 0, 1, 2)  # (3, F, H, W)
+        assert check_colour(other, scene.colour) and check_motion(other, scene.motion)
+
+
+def test_a_picture_has_a_colour_but_no_motion() -> None:
+    pixels, caption = render_clip(1, 4, frames=1, size=64)
+    assert check_colour(pixels, parse_caption(caption).colour)
+    assert not any(check_motion(pixels, motion) for motion in MOTIONS)
+    with pytest.raises(ValueError, match="sideways"):
+        check_motion(pixels, "sideways")
+
+
+@pytest.mark.parametrize(("frames", "size"), [(1, 32), (9, 48), (33, 128)])
+def test_other_sizes(frames: int, size: int) -> None:
+    pixels, _ = render_clip(0, 3, frames=frames, size=size)
+    assert pixels.shape == (frames, size, size, 3) and pixels.dtype == np.uint8
+    again, _ = render_clip(0, 3, frames=frames, size=size)
+    assert (pixels == again).all()
+    assert (render_clip(1, 3, frames=frames, size=size)[0] != pixels).any()
+
+
+def test_compression_is_mild(world: list[tuple[np.ndarray, Scene]]) -> None:
+    errors = [((compressed(pixels).astype(float) - pixels) ** 2).mean() for pixels, _ in world[:20]]
+    assert 10 * np.log10(255**2 / np.mean(errors)) > 31  # what is left is the halved resolution of colour
+
+
+def test_write_world_is_deterministic(tmp_path: Path) -> None:
+    for name, workers in (("a", 1), ("b", 2)):
+        write_world(tmp_path / name, clips=5, images=3, size=32, frames=9, fps=8, seed=4, workers=workers)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
+    assert sorted(files)[:2] == ["clip-00000.mp4", "clip-00000.txt"] and len(files) == 16
+    info = probe(files["clip-00002.mp4"])
+    assert (info.frames, info.height, info.width) == (9, 32, 32) and info.fps == pytest.approx(8)
+    assert probe(files["image-00001.png"]).frames == 1
+    with pytest.raises(UserError, match="exists"):
+        write_world(tmp_path / "a", clips=1, images=0, size=32, frames=9, fps=8, seed=4)
+    with pytest.raises(UserError, match="size=33 is odd"):
+        write_world(tmp_path / "c", clips=1, images=0, size=33, frames=9, fps=8, seed=4)
