@@ -191,8 +191,9 @@ def write_shards(
     """Write samples, in their order, as shards with an index.
 
     A shard is closed at ``samples_per_shard`` samples or ``shard_bytes`` bytes of media. Keys must be distinct and
-    without dots (WebDataset ends a key at its first dot). Where ``records`` raises, what came before is kept: the shard under way
-    is closed, index.partial.json lists all samples, and the error goes on. Renamed to index.json it is a good index.
+    without dots (WebDataset ends a key at its first dot). Where ``records`` raises, what came before is kept: the
+    shard under way is closed, index.partial.json lists all samples (renamed to index.json it is a good index), and the
+    error goes on.
 
     Raises:
         UserError: ``output`` holds something already, or there is no record at all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ REAL = ("bikes", "bigbuckbunny", "carphone_pristine")
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_shards", SCRIPT)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["make_shards"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
