@@ -64,6 +64,9 @@ def test_decay_is_for_matrices_alone() -> None:
     assert decays and not not_
     assert decayed == ["up.weight", "down.weight"]
     assert set(plain) == {"modulation_table", "labels.weight", "norm.weight", "norm.bias", "up.bias", "down.bias"}
+    model = Tiny()
+    model.scale = nn.Parameter(torch.ones(2, 1, 4))  # the gain of a norm over heads
+    assert "scale" in dict(decay_groups(model))[False]
     assert decay_groups(nn.LayerNorm(3)) == [(False, ["weight", "bias"])]
 
 
