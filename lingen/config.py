@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 class MateConfig(Section):
-    """The MATE block (LinGen, section 3). What the paper does not publish is ours; docs/models.md gives the reasons."""
+    """The MATE block of LinGen. What the paper does not publish is ours; docs/models.md gives the reasons."""
 
     window: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)  # TESA window (T, H, W) in tokens: 256 tokens
     review_pool: tuple[PositiveInt, PositiveInt, PositiveInt] = (
@@ -266,6 +266,16 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     sampler: SamplerConfig = SamplerConfig()
     logger: LoggerConfig = LoggerConfig()
+
+    @model_validator(mode="after")
+    def _mamba_heads_divide(self) -> Config:
+        mate = self.model.mate
+        if mate is not None and mate.expand * self.size.d_model % mate.mamba_head_dim:
+            raise ValueError(
+                f"model.mate.mamba_head_dim={mate.mamba_head_dim} must divide model.mate.expand={mate.expand} * "
+                f"size.d_model={self.size.d_model}"
+            )
+        return self
 
     @property
     def depth(self) -> int:

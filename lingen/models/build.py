@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from lingen.config import Config
-from lingen.errors import UserError
 from lingen.models.backbone import Backbone
 from lingen.models.block import Block, Mixer
 from lingen.models.mixers.attention import FullAttention
@@ -24,9 +23,6 @@ def _full_attention(config: Config, layer: int) -> Mixer:
 def _mate(config: Config, layer: int) -> Mixer:
     size, mate = config.size, config.model.mate
     assert mate is not None  # the schema sees to it
-    if mate.expand * size.d_model % mate.mamba_head_dim:
-        inner = mate.expand * size.d_model
-        raise UserError(f"model.mate.mamba_head_dim={mate.mamba_head_dim} must divide expand * d_model = {inner}")
     ma = BidirectionalMamba2(
         size.d_model,
         expand=mate.expand,
@@ -50,9 +46,6 @@ def make_model(config: Config, *, text_dim: int) -> Backbone:
     Args:
         config: its sections model, size, autoencoder and engine are read.
         text_dim: width of the text encoder's states.
-
-    Raises:
-        UserError: the sizes do not fit together.
     """
     device = torch.get_default_device()
     size, make_mixer = config.size, MIXERS[config.model.name]
