@@ -267,6 +267,7 @@ def _together(dist: Dist, aside: Path, folder: Path, action: Callable[[], Any]) 
     if errors:
         if dist.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
         raise UserError(f"{folder} could not be written ({'; '.join(errors)}); earlier checkpoints are untouched")
     return [v for v, _ in outcomes]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,7 @@ def work(out: Path, tasks: list[str]) -> None:
     from lingen.dist import init
     from lingen.ema import Ema
     from lingen.engine import Engine, make_engine
+    from lingen.errors import UserError
 
     torch.set_num_threads(1)
     dist = init("cpu")
@@ -118,7 +120,51 @@ def work(out: Path, tasks: list[str]) -> None:
         same = all(torch.equal(b, f.master) for b, f in zip(before, engine.fragments(), strict=True))
         return {"finite": math.isfinite(norm), "same": not dist.any(not same), "steps": engine.steps - steps}
 
+    def troubles() -> dict[str, Any]:
+        """One rank cannot write; then one file is damaged: what every rank hears of it."""
+        engine, ema = make(("torch", 0), "fp32")
+        folder = out / "troubles"
+        heard: list[str] = []
+        left: list[Any] = []
+
+        def save(step: int) -> None:
+            checkpoint.save(
+                folder, step=step, samples=0, tokens=0, progress={}, architecture={}, final=False,
+                engine=engine, ema=ema, dist=dist,
+            )  # fmt: skip
+
+        save(1)
+        if dist.rank == 1:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save(2)
+        except UserError as error:
+            heard.append(str(error))
+        if dist.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        left.append(sorted(p.name for p in folder.iterdir()))
+        dist.barrier()
+        save(3)
+        dist.barrier()
+        if dist.rank == 0:
+            (folder / "step_00000003" / "rank_00001.safetensors").write_bytes(b"")
+        dist.barrier()
+        found = checkpoint.latest(folder, dist)
+        left.append(found.manifest.step if found else None)
+        dist.barrier()
+        if dist.rank == 0:
+            (folder / "step_00000001" / "rank_00001.safetensors").unlink()
+        dist.barrier()
+        try:
+            checkpoint.latest(folder, dist)
+        except UserError as error:
+            heard.append(str(error))
+        return {"heard": dist.gather(heard), "left": dist.gather(left)}
+
     results: dict[str, Any] = {}
+    if dist.world > 1:
+        results["troubles"] = troubles()
     for engine_name, dtype in COMBINATIONS if "train" in tasks else ():
         engine, ema = make(engine_name, dtype)
         folder = out / f"world{dist.world}" / key(engine_name, dtype)
@@ -224,6 +270,15 @@ def test_another_engine_on_other_processes_goes_on(
     went_on = results[world][f"{key(heir, dtype)} from {key(source, dtype)}"]
     uninterrupted = results[source_world][key(source, dtype)]["measured"][SAVED_AT:]
     assert differ(went_on, uninterrupted) < (1e-5 if dtype == "fp32" else 2e-2)
+
+
+def test_all_ranks_hear_of_the_trouble_of_one(results: dict[str, Any]) -> None:
+    troubles = results["two"]["troubles"]
+    (unwritten, unreadable), other = troubles["heard"]
+    assert other == [unwritten, unreadable]
+    assert "step_00000002 could not be written (rank 1: " in unwritten
+    assert "none can be loaded" in unreadable and "rank_00001.safetensors is missing" in unreadable
+    assert troubles["left"] == [[["step_00000001"], 1]] * 2
 
 
 def test_the_training_does_something(results: dict[str, Any]) -> None:
