@@ -1,0 +1,113 @@
+"""Sampling as a user does it: from a run, an export, a checkpoint; other shapes; bad words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lingen.errors import UserError
+from lingen.pipeline import LinGenPipeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, world: Any, python: Any) -> Path:
+    """A DiT after two steps."""
+    runs = tmp_path_factory.mktemp("sampled")
+    done = python(
+        "train.py", "name=dit", f"runs_dir={runs}", *world.words, "model=dit", "stage=demo_video", "stage.samples=8",
+        "stage.buckets.0.batch_size=4", "stage.buckets.1.batch_size=4", "validation.every_steps=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return runs / "dit"
+
+
+@pytest.fixture(scope="module")
+def pipeline(run: Path) -> LinGenPipeline:
+    return LinGenPipeline.from_pretrained(run)
+
+
+def test_the_script_writes_a_video_and_a_contact_sheet(run: Path, python: Any, tmp_path: Path) -> None:
+    words = ["scripts/sample.py", f"checkpoint={run}", "prompt=a red circle: ../../moving, left", f"out={tmp_path}"]
+    done = python(*words, "steps=2", "count=2", "seed=5")
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in tmp_path.iterdir())
+    stem = "a-red-circle-moving-left"
+    assert names == [f"{stem}-5.mp4", f"{stem}-5.png", f"{stem}-6.mp4", f"{stem}-6.png"]
+    with av.open(str(tmp_path / names[0])) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        assert video.streams.video[0].average_rate == 8
+    assert np.stack(frames).shape == (17, 64, 64, 3)
+    with Image.open(tmp_path / names[1]) as sheet:
+        assert sheet.size == (4 * 66 - 2, 4 * 66 - 2)
+
+
+def test_a_video_depends_on_its_seed_and_prompt_alone(pipeline: LinGenPipeline) -> None:
+    shape = {"frames": 9, "height": 32, "width": 48, "steps": 3, "progress": False}
+    prompts = ["a red circle", "a blue star", "a red circle"]
+    both = pipeline(prompts, seeds=[1, 2, 3], **shape)  # type: ignore[arg-type]
+    alone = pipeline(prompts[1:2], seeds=[2], **shape)  # type: ignore[arg-type]
+    assert both.shape == (3, 3, 9, 32, 48) and both.dtype == torch.uint8
+    assert (both[1].int() - alone[0].int()).abs().max() <= 1  # a sum's order may differ with the batch
+    assert not torch.equal(both[0], both[2])
+
+
+def test_guidance_of_one_is_the_text_alone(pipeline: LinGenPipeline) -> None:
+    shape = {"frames": 1, "height": 32, "width": 32, "steps": 2, "progress": False}
+    plain = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="a blue star", **shape)  # type: ignore[arg-type]
+    other = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="", **shape)  # type: ignore[arg-type]
+    assert torch.equal(plain, other)
+
+
+def test_every_way_to_name_the_weights_gives_the_same(run: Path, pipeline: LinGenPipeline) -> None:
+    stage = run / "checkpoints" / "demo_video"
+    (step,) = stage.iterdir()
+    for path in (run / "export" / "demo_video", stage, step):
+        other = LinGenPipeline.from_pretrained(path)
+        assert all(
+            torch.equal(p, q) for p, q in zip(pipeline.model.parameters(), other.model.parameters(), strict=True)
+        )
+        assert other.stage == pipeline.stage
+
+
+def test_the_untrained_model_is_another(pipeline: LinGenPipeline) -> None:
+    fresh = pipeline.untrained().model.state_dict()
+    assert any(not torch.equal(p, fresh[name]) for name, p in pipeline.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["frames=16"], ["frames=16", "9 or 17"]),
+        (["height=70"], ["height=70", "64 or 80"]),
+        (["width=8"], ["width=8", "16"]),
+        (["steps=0"], ["steps=0"]),
+        (["guidance_scale=0.5"], ["guidance_scale=0.5"]),
+        (["checkpoint=/nowhere"], ["/nowhere", "neither an export"]),
+        (["autoencoder=/nowhere"], ["/nowhere", "does not exist"]),
+        (["promt=a"], ["did you mean 'prompt'"]),
+        (["device=cuda"], ["device=cuda"]),
+    ],
+)
+def test_bad_words_are_one_line(words: list[str], parts: list[str], run: Path, python: Any, tmp_path: Path) -> None:
+    given = {"checkpoint": str(run), "prompt": "x", "out": str(tmp_path / "out")}
+    given |= dict(word.split("=", 1) for word in words)
+    done = python("scripts/sample.py", *(f"{key}={value}" for key, value in given.items()))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_written_export_is_refused(run: Path, tmp_path: Path) -> None:
+    export = run / "export" / "demo_video"
+    (tmp_path / "config.yaml").write_text((export / "config.yaml").read_text())
+    whole = (export / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="incomplete"):
+        LinGenPipeline.from_pretrained(tmp_path)
