@@ -42,6 +42,8 @@ from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 
 GREY = 128  # pixels of a hole
+# Slurm and Ctrl-C send these to every process of a job; the workers must outlive the step that is saved.
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PADDING = -1  # in the place of a row: a hole that fills up a batch
 ENOUGH_READ = 100  # samples, before the share of bad ones says anything
 SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
@@ -275,7 +277,12 @@ def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tupl
         prefetch_factor=data.prefetch if data.workers else None,
         worker_init_fn=_start_worker,
     )
-    yield from loader
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # until each worker ignores them
+    try:
+        batches = iter(loader)  # starts the workers
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from batches
 
 
 class _Decoder(Dataset[tuple[Batch, list[Hole]]]):
@@ -307,9 +314,9 @@ class _Decoder(Dataset[tuple[Batch, list[Hole]]]):
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # Slurm and Ctrl-C signal every process of a job; the workers must outlive the step that is saved.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
 
 
 def _check_shared_memory(stage: StageConfig, data: DataConfig, parts: int) -> None:
