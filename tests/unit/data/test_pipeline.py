@@ -219,6 +219,14 @@ def test_the_window_differs_between_epochs_and_stages(index: Index, folder: Path
     assert all(len(one[key]) == 1 for key in one if key.startswith("image"))
 
 
+def test_the_stream_does_not_depend_on_the_batch_size(index: Index, folder: Path) -> None:
+    def stream(clips: int, steps: int) -> list[tuple[str, bytes]]:
+        done, _ = run_world(index, make_stage(clips=clips), config(folder), Position(), steps=steps)
+        return [row for step in done for row in step if row[0].startswith("clip")]
+
+    assert stream(12, 6) == stream(6, 12)
+
+
 def test_rank_slices_are_contiguous() -> None:
     parts = [rank_slices(24, rank, 2, 3) for rank in range(2)]
     assert [part.tolist() for part in parts[1]] == [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]]
