@@ -87,16 +87,18 @@ def train(config: Config, stop: StopSignal) -> int:
     if dist.rank == 0:
         print_choices(config, dist)
     run = Run(config, dist, inputs, metrics, stop)
+    code = 0
     try:
         for stage in stages:
             final = train_stage(run, stage, start)
             if final is None:
-                return EXIT_PREEMPTED
+                code = EXIT_PREEMPTED
+                break
             start = Start(checkpoint.open_checkpoint(final, dist), resume=False)
     finally:
         metrics.close()
-        dist.close()
-    return 0
+    dist.close()  # not where a rank failed: the others may never come to it
+    return code
 
 
 def print_choices(config: Config, dist: Dist) -> None:
@@ -113,7 +115,15 @@ def print_choices(config: Config, dist: Dist) -> None:
 def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
     """Train one stage to its end. Returns its final checkpoint, or None where a signal stopped it, after a save."""
     state = begin_stage(run.config, stage, start, run.inputs, run.dist)
-    if not start.resume:
+    try:
+        return run_steps(run, stage, state, resumed=start.resume)
+    finally:
+        state.networks.engine.close()  # else the next stage's would stand beside it in memory
+
+
+def run_steps(run: Run, stage: StageConfig, state: StageState, *, resumed: bool) -> Path | None:
+    """Step, measure and save until the stage is complete (its final checkpoint) or a signal came (None)."""
+    if not resumed:
         log_transfer(run, stage, state)
         log_validation(run, stage, state, "start")
     waiting_since = time.perf_counter()
@@ -132,7 +142,7 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
             if result.stop:
                 return None
         waiting_since = time.perf_counter()
-    raise AssertionError("a loader has no end")
+    raise AssertionError("the loader ended before the stage was complete")
 
 
 def due(every: int, progress: Progress) -> bool:

@@ -5,6 +5,7 @@ Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -114,7 +115,7 @@ class LinGenPipeline:
         shift = self.stage.timestep_shift or bucket_shift(tokens, self.config.flow)
         sigmas = sigma_schedule(sampler.steps if steps is None else steps, shift)
         walk = euler(denoise, noise.to(self.device), sigmas)
-        *_, latents = track(walk, "sampling", total=len(sigmas) - 1, disable=not progress, transient=True)
+        *_, latents = track(walk, "sampling", total=len(sigmas) - 1, disable=not (progress and sys.stdout.isatty()))
         pixels = self.autoencoder.decode(latents)  # (B, 3, F, H, W) in [-1, 1]
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 

@@ -119,6 +119,7 @@ def prepare(words: Words, out: Path) -> None:
             world = (f"clips={words.clips}", f"images={words.images}", "size=128", "frames=33", "fps=8")
             run("-m", "data.synthetic", f"out={clips}", *world)
         add_footage(clips / "real")
+        shutil.rmtree(shards, ignore_errors=True)  # without an index: a demo that was stopped here
         run("scripts/make_shards.py", f"input={clips}", f"output={shards}")
     if not autoencoder.exists():
         run("scripts/fit_autoencoder.py", f"data={shards}", f"out={autoencoder}")
