@@ -159,7 +159,13 @@ def show(out: Path) -> None:
     )
     run_together(
         {
-            model: ("scripts/check_colours.py", f"checkpoint={run}", f"out={run / 'colours.json'}")
+            model: (
+                "scripts/check_colours.py",
+                f"checkpoint={run}",
+                f"out={run / 'colours.json'}",
+                "seeds=2",
+                "steps=15",
+            )
             for model, run in runs.items()
         }
     )
