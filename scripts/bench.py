@@ -2,6 +2,7 @@
 
 scan    the scan's CPU time per token at 1k to 64k tokens, and against full attention of the same width
 import  the wall time of ``import lingen`` and of importing the training loop
+demo    the wall time and the peak memory of ``make demo``, without installation
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lingen.bench import imports, scan
+from lingen.bench import demo, imports, scan
 from lingen.compose import parse
 from lingen.errors import UserError, nearest, run_main
 
 BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], dict[str, Any]]]] = {
     "scan": (scan.ScanWords, scan.run),
     "import": (imports.ImportWords, imports.run),
+    "demo": (demo.DemoWords, demo.run),
 }
 
 
