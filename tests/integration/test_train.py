@@ -22,6 +22,7 @@ STAGES = ["demo_image", "demo_video"]
 CURRICULUM = [
     "~stages.demo_video_128",
     "stages.demo_image.samples=24",
+    "stages.demo_image.lr=1e-3",
     "stages.demo_image.buckets.0.batch_size=4",
     "stages.demo_image.warmup_samples=8",
     "stages.demo_video.samples=24",
