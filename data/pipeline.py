@@ -45,7 +45,6 @@ GREY = 128  # pixels of a hole
 # Slurm and Ctrl-C send these to every process of a job; the workers must outlive the step that is saved.
 JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PADDING = -1  # in the place of a row: a hole that fills up a batch
-ENOUGH_READ = 100  # samples, before the share of bad ones says anything
 SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 
 
@@ -94,14 +93,13 @@ class StageLoader:
 
     Iterating gives one list per optimizer step: ``grad_accumulation`` micro-batches of one bucket. It ends when the
     stage's samples are consumed. ``position`` stands after the steps handed out so far, ``bad`` counts this rank's
-    holes by reason since it started (both are rank-local: the rank that goes over the limit on their share raises).
+    holes by reason since it started; whether they are too many is for the loop to say, which knows all ranks'.
 
     Args:
         bad_log: every hole is appended to this JSONL file, with the rank put into its name; None writes no log.
 
     Raises:
-        UserError: a bucket is empty, or its batch_size is not a multiple of world * grad_accumulation; and on
-            iterating, more than ``data.max_bad_share`` of the samples read are bad (judged from 100 samples on).
+        UserError: a bucket is empty, or its batch_size is not a multiple of world * grad_accumulation.
     """
 
     def __init__(
@@ -121,8 +119,7 @@ class StageLoader:
         self.rank, self.world, self.grad_accumulation = rank, world, grad_accumulation
         self.position = position or Position()
         self.bad: Counter[str] = Counter()
-        self.read = 0  # samples, by this rank since it started
-        self._bad_log = bad_log.with_stem(f"{bad_log.stem}-rank{rank}") if bad_log else None
+        self._bad_log = bad_log
         for bucket in stage.buckets:
             if bucket.batch_size % (world * grad_accumulation):
                 raise UserError(
@@ -139,7 +136,8 @@ class StageLoader:
             micro_batches = []
             for _ in range(self.grad_accumulation):
                 batch, holes = next(batches)
-                self._account(batch, holes)
+                self.bad.update(hole.reason for hole in holes)
+                log_holes(self._bad_log, self.rank, self.position.step, holes)
                 micro_batches.append(batch)
             self.position = self.position.after(stream.bucket)
             yield micro_batches
@@ -158,20 +156,14 @@ class StageLoader:
             for places in rank_slices(stream.bucket.batch_size, self.rank, self.world, self.grad_accumulation):
                 yield stream.job(first, places)
 
-    def _account(self, batch: Batch, holes: list[Hole]) -> None:
-        self.read += len(batch.keys)
-        self.bad.update(hole.reason for hole in holes)
-        if holes and self._bad_log:
-            self._bad_log.parent.mkdir(parents=True, exist_ok=True)
-            with self._bad_log.open("a") as log:
-                log.writelines(json.dumps({"step": self.position.step, **vars(hole)}) + "\n" for hole in holes)
-        count = self.bad.total()
-        if self.read >= ENOUGH_READ and count > self.data.max_bad_share * self.read:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in self.bad.most_common())
-            raise UserError(
-                f"{count} of {self.read} samples read are bad ({reasons}), more than data.max_bad_share="
-                f"{self.data.max_bad_share}" + (f"; {self._bad_log} names them" if self._bad_log else "")
-            )
+
+def log_holes(bad_log: Path | None, rank: int, step: int | None, holes: list[Hole]) -> None:
+    """Name the holes in this rank's JSONL file; ``step`` is the stage's, None for held-out samples."""
+    if holes and bad_log:
+        own = bad_log.with_stem(f"{bad_log.stem}-rank{rank}")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with own.open("a") as log:
+            log.writelines(json.dumps({"step": step, **vars(hole)}) + "\n" for hole in holes)
 
 
 def rank_slices(batch_size: int, rank: int, world: int, grad_accumulation: int) -> list[Ints]:
@@ -246,6 +238,7 @@ def holdout_batches(
     batch_size: int,
     rank: int,
     world: int,
+    bad_log: Path | None = None,
 ) -> Iterator[Batch]:
     """A bucket's fixed validation set: the first ``limit`` held-out samples by the hash of their key, in that order.
 
@@ -264,7 +257,9 @@ def holdout_batches(
         for at in range(0, len(rows), batch_size)
         for part in [rows[at : at + batch_size]]
     )
-    return (batch for batch, _ in decode(index, data, jobs))
+    for batch, holes in decode(index, data, jobs):
+        log_holes(bad_log, rank, None, holes)
+        yield batch
 
 
 def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tuple[Batch, list[Hole]]]:

@@ -3,6 +3,7 @@ the initialization."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lingen.dist import Dist
 from lingen.ema import Ema
 from lingen.engine import make_engine
 from lingen.errors import UserError
+from lingen.export import newest_folder
+from lingen.manifest import manifest_digest, read_manifest
 from lingen.models import make_model
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
@@ -60,6 +63,8 @@ class StageState:
     loader: StageLoader
     progress: Progress
     lineage: list[dict[str, Any]]  # one entry a stage: which checkpoint it began with, and after how much
+    read: int  # samples of the stage, over all ranks and starts
+    bad: int  # ... that were holes
 
 
 def load_inputs(config: Config, dist: Dist) -> Inputs:
@@ -76,34 +81,70 @@ def load_inputs(config: Config, dist: Dist) -> Inputs:
 def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageConfig], Start]:
     """(the stages still to do, where the first of them begins). Rerunning a command resumes. Collective.
 
+    The last stage that has a checkpoint decides; those before it may be gone.
+
     Raises:
-        UserError: ``init_from`` or the newest checkpoint cannot be used, is of another architecture, or was trained
-            on what the inputs no longer are.
+        UserError: ``init_from`` or the newest checkpoint cannot be used, is of another architecture or lineage, or was
+            trained on what the inputs no longer are.
     """
-    remaining = list(config.stages.values())
-    start = Start(None, resume=False)
-    if config.init_from is not None:
-        start = Start(checkpoint.open_checkpoint(Path(config.init_from), dist), resume=False)
-    while remaining:
-        folder = stage_folder(config, remaining[0].name)
+    stages = list(config.stages.values())
+    start, remaining = Start(None, resume=False), stages
+    for number in reversed(range(len(stages))):
+        folder = stage_folder(config, stages[number].name)
         checkpoint.sweep(folder, dist)
         newest = checkpoint.latest(folder, dist)
-        if newest is None:
+        if newest is not None:
+            refuse_other_lineage(config, stages[:number], newest)
+            start = Start(newest, resume=not newest.manifest.final)
+            remaining = stages[number + newest.manifest.final :]
             break
-        start = Start(newest, resume=not newest.manifest.final)
-        if start.resume:
-            break
-        remaining.pop(0)
+    else:
+        if config.init_from is not None:
+            start = Start(checkpoint.open_checkpoint(Path(config.init_from), dist), resume=False)
     if start.checkpoint is not None:
         checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
         refuse_other_encoders(start.checkpoint, inputs.autoencoder.fingerprint)
         if start.resume:
             refuse_other_data(start.checkpoint, config.data.path, inputs.index)
+    refuse_cutting_off(config, start)
     return remaining, start
+
+
+def refuse_other_lineage(config: Config, before: list[StageConfig], there: Checkpoint) -> None:
+    """A stage goes on only from what it began with. What it began with may be gone, but not be another.
+
+    Raises:
+        UserError: the stage before was trained again, or ``init_from`` names another checkpoint than the first time.
+    """
+    named = stage_folder(config, before[-1].name) if before else Path(config.init_from) if config.init_from else None
+    source = newest_folder(named) if named else None
+    if source is not None and manifest_digest(source) != there.progress["lineage"][-1]["from_sha256"]:
+        raise UserError(
+            f"{there.folder} was not trained from {source}; remove {there.folder.parent} to train that stage anew, or "
+            "choose another name="
+        )
+
+
+def refuse_cutting_off(config: Config, start: Start) -> None:
+    """metrics.jsonl holds one line of steps, and a start drops those after its own.
+
+    Raises:
+        UserError: another stage in the run folder is further than this start.
+    """
+    own = start.checkpoint.folder.parent if start.checkpoint else None
+    for folder in sorted((run_folder(config) / "checkpoints").glob("*")):
+        newest = newest_folder(folder)
+        step = read_manifest(newest).step if newest else 0
+        if step > start.progress.step and (own is None or folder.resolve() != own.resolve()):
+            raise UserError(
+                f"name={config.name}: {folder} is at step {step}, further than step {start.progress.step} where this "
+                "would begin, and its records would be lost; choose another name, or remove that folder"
+            )
 
 
 def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs, dist: Dist) -> StageState:
     """Build the model in its engine, fill both from ``start``, and open the data at the right place. Collective."""
+    gc.collect()  # DeepSpeed's engine of the stage before sits in reference cycles
     torch.manual_seed(config.seed)
     there = start.checkpoint
     model = make_model(config, text_dim=inputs.text.dim)
@@ -134,6 +175,8 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
         loader,
         start.progress,
         lineage,
+        read=there.progress["read"] if there and start.resume else 0,
+        bad=there.progress["bad"] if there and start.resume else 0,
     )
 
 
@@ -143,6 +186,7 @@ def lineage_entry(stage: StageConfig, start: Start) -> dict[str, Any]:
     return {
         "stage": stage.name,
         "from_checkpoint": str(there.folder) if there else None,
+        "from_sha256": manifest_digest(there.folder) if there else None,
         "from_stage": there.manifest.stage if there else None,
         "samples": start.progress.samples,
         "tokens": start.progress.tokens,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from lingen.config import Config
 from lingen.errors import UserError, nearest
 
+OPTIONAL = ("stage", "experiment", "debug")  # groups that may be null
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -27,7 +28,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 def compose(overrides: list[str]) -> Config:
     """Compose ``conf/`` with Hydra's overrides and validate the result.
 
-    ``stage=NAME`` replaces the curriculum by that one stage.
+    ``stage=NAME`` replaces the curriculum by that one stage, whose keys are then ``stage.KEY``.
 
     Raises:
         UserError: a group, key, type or value is wrong; the message names the key and what would be right.
@@ -38,10 +39,26 @@ def compose(overrides: list[str]) -> Config:
         tree = _tree(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
+    except (ValueError, TypeError, KeyError, IndexError) as error:  # Hydra's own checks miss some words
+        raise UserError(f"one of {' '.join(overrides)} cannot be applied: {error}") from error
+    return validate(Config, _with_stages(tree, overrides))
+
+
+def _with_stages(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Put ``stage``, where it is given, in the place of the curriculum's ``stages``."""
     stage = tree.pop("stage")
     if stage is not None:
-        tree["stages"] = {stage["name"]: stage}
-    return validate(Config, tree)
+        if "name" not in stage:
+            raise UserError(f"stage.{next(iter(stage))} needs stage=NAME before it; or write stages.NAME.KEY=...")
+        ignored = next((word for word in overrides if re.match(r"[+~]*stages\.", word)), None)
+        if ignored is not None:
+            raise UserError(f"{ignored}: stage={stage['name']} replaces the curriculum; write stage.KEY=... instead")
+        return tree | {"stages": {stage["name"]: stage}}
+    for name, body in tree["stages"].items():
+        if "name" not in body:  # nothing but what an override set
+            known = [other for other in tree["stages"] if other != name]
+            raise UserError(f"stages.{name}: the curriculum has no such stage{nearest(name, known)}")
+    return tree
 
 
 def parse(schema: type[Schema], words: list[str]) -> Schema:
@@ -58,7 +75,7 @@ def parse(schema: type[Schema], words: list[str]) -> Schema:
             continue
         try:
             tree[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date, and is none
             raise UserError(f"{key}={value} cannot be read: {error}") from error
     return validate(schema, tree)
 
@@ -72,10 +89,26 @@ def validate(schema: type[Schema], tree: Any) -> Schema:
 
 
 def _forced(override: str) -> str:
-    """Let a value be set whether or not a YAML file mentions it: the schema, not Hydra, knows which keys exist."""
-    key = override.partition("=")[0]
-    is_value = re.fullmatch(r"[A-Za-z_][\w.]*", key) is not None and not (CONF_DIR / key).is_dir()
-    return f"++{override}" if is_value and "=" in override else override
+    """Let a value be set whether or not a YAML file mentions it: the schema, not Hydra, knows which keys exist.
+
+    A value that the schema wants as text is quoted, so that it may hold any character (a path with an umlaut, say).
+    """
+    key, equals, value = override.partition("=")
+    if not equals or re.fullmatch(r"[A-Za-z_][\w.]*", key) is None:
+        return override
+    if (CONF_DIR / key).is_dir():
+        choices = [path.stem for path in (CONF_DIR / key).glob("*.yaml")]
+        if value not in choices and not (value == "null" and key in OPTIONAL):
+            raise UserError(f"{override} does not exist in conf/{key}{nearest(value, choices)}")
+        return override
+    path = key.split(".")
+    section = _schema_at(Config, tuple(path[:-1]))
+    annotation = section.model_fields[path[-1]].annotation if section and path[-1] in section.model_fields else None
+    is_text = annotation is str or (annotation == (str | None) and value != "null")
+    if is_text and not value.startswith(("'", '"')):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        value = f"'{escaped}'"
+    return f"++{key}={value}"
 
 
 def _tree(composed: DictConfig) -> dict[str, Any]:
@@ -120,12 +153,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _explain(error: Exception) -> str:
-    """One line out of Hydra's several, with the nearest name where a group or a key is unknown."""
+    """One line out of Hydra's several."""
     text = " ".join(str(error).split())
-    unknown_option = re.search(
-        r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']+': (.+?)(?: Config search|$)", text
-    )
-    if unknown_option:
-        group, name, options = unknown_option.groups()
-        return f"{group}={name} does not exist{nearest(name, options.split())}"
-    return text
+    cause = " ".join(str(error.__cause__ or "").split())
+    return f"{text}: {cause}" if cause else text

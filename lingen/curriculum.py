@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lingen.config import BucketConfig, CarryConfig, StageConfig
+from lingen.config import BucketConfig, StageConfig
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,6 @@ def planned_steps(stage: StageConfig) -> tuple[int, list[int]]:
     mean_batch = sum(share * bucket.batch_size for share, bucket in zip(shares, stage.buckets, strict=True))
     steps = math.ceil(stage.samples / mean_batch)
     return steps, [round(share * steps) for share in shares]
-
-
-def first_carry() -> CarryConfig:
-    """What the very first stage of a run carries, where ``init_from`` names no checkpoint: nothing."""
-    return CarryConfig(weights="model", ema="fresh", optimizer="fresh")
 
 
 def bucket_named(stage: StageConfig, name: str) -> BucketConfig:

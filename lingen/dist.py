@@ -10,34 +10,37 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lingen.errors import UserError
+from lingen.errors import LocalError, UserError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: asked to stop, saved, and to be started again with the same command
 TIMEOUT = timedelta(minutes=30)  # a collective may wait for one rank that reads a large checkpoint
 
 
 class StopSignal:
-    """``asked`` becomes True once SIGTERM (preemption) or SIGUSR1 (Slurm's early warning) arrives.
+    """``asked`` becomes True once SIGTERM (preemption), SIGUSR1 (Slurm's early warning) or Ctrl-C arrives.
 
     Only the main thread may install it. The loop saves after the step in hand and exits with ``EXIT_PREEMPTED``.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,22 @@ class Dist:
         td.all_gather(parts, padded)
         return [json.loads(p[: int(n)].cpu().numpy().tobytes()) for p, n in zip(parts, lengths, strict=True)]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns here, once it is done on all ranks. Collective.
+
+        Raises:
+            UserError: it failed so on some rank; on all ranks, so that none waits for another that has gone.
+        """
+        value, problem = None, None
+        try:
+            value = action()
+        except (UserError, OSError) as error:
+            problem = str(error)
+        problems = [p for p in self.gather(problem) if p]
+        if problems:
+            raise UserError(problems[0])
+        return cast("T", value)
+
     def ensure_group(self) -> None:
         """A process group also for one process: DeepSpeed cannot do without."""
         import torch.distributed as td
@@ -165,10 +184,10 @@ def init(device: str) -> Dist:
 
     place = find_place(os.environ)
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device=cuda, but torch sees no GPU; set engine.device=cpu or auto")
+        raise LocalError("engine.device=cuda, but torch sees no GPU; set engine.device=cpu or auto")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         if place.local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise LocalError(
                 f"local rank {place.local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; "
                 "start one process a GPU"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -11,6 +12,10 @@ EXIT_BAD_INPUT = 2
 
 class UserError(Exception):
     """Something that the user asked for cannot be done. The message is shown as one line, without a traceback."""
+
+
+class LocalError(UserError):
+    """A ``UserError`` of this process alone. Others are the same on every rank, and rank 0 says them for all."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -27,6 +32,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else None)
+        if rank in (None, "0") or isinstance(error, LocalError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)

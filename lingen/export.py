@@ -1,14 +1,17 @@
 """Weights for others to use: the EMA of each finished stage, with the configuration that rebuilds the model.
 
-runs/NAME/export/STAGE/{model.safetensors,config.yaml}
+runs/NAME/export/STAGE/{model.safetensors,config.yaml,export.json}
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -16,11 +19,24 @@ from lingen import checkpoint
 from lingen.config import Config
 from lingen.dist import Dist
 from lingen.errors import UserError
-from lingen.manifest import MANIFEST, read_manifest, step_folders
-from lingen.runfolder import export_folder, read_config, stage_folder
+from lingen.manifest import MANIFEST, STATE, manifest_digest, read_manifest, step_folders
+from lingen.runfolder import export_folder, read_config, stage_folder, write_aside
 from lingen.shardfiles import Damaged
 
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+WEIGHTS, CONFIG, ORIGIN = "model.safetensors", "config.yaml", "export.json"
+
+
+class Origin(BaseModel):
+    """Where exported weights come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    stage: str
+    step: int
+    samples: int
+    tokens: int
+    checkpoint_sha256: str  # of the checkpoint's manifest
+    autoencoder_fingerprint: str
+    lineage: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,18 +45,52 @@ class Trained:
 
     config: Config
     weights: dict[str, torch.Tensor]
+    autoencoder_fingerprint: str  # of the latents that the weights know
 
 
 def export_finished(config: Config, dist: Dist) -> None:
-    """Export every finished stage that is not exported yet: also one whose run died between its last save and this."""
-    if dist.rank == 0:
-        for name in config.stages:
-            out = export_folder(config, name)
-            folder = _newest(stage_folder(config, name))
-            if folder is None or (out / WEIGHTS).exists() or not read_manifest(folder).final:
-                continue
-            checkpoint.export(folder, out, _of_stage(config, name).model_dump(mode="json"))
-    dist.barrier()
+    """Export every finished stage whose export is not there or is of other weights. Collective.
+
+    So a run that died between its last save and this is mended by the next start.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def export_all() -> None:
+        for name in config.stages if dist.rank == 0 else ():
+            _export(config, name)
+
+    dist.together(export_all)
+
+
+def _export(config: Config, name: str) -> None:
+    out, folder = export_folder(config, name), newest_folder(stage_folder(config, name))
+    if folder is None or not (manifest := read_manifest(folder)).final:
+        return
+    digest = manifest_digest(folder)
+    there = _read_origin(out)
+    if there is not None and there.checkpoint_sha256 == digest:
+        return
+    state = json.loads((folder / STATE).read_text())
+    origin = Origin(
+        stage=name,
+        step=manifest.step,
+        samples=manifest.samples,
+        tokens=manifest.tokens,
+        checkpoint_sha256=digest,
+        autoencoder_fingerprint=state["autoencoder_fingerprint"],
+        lineage=state["lineage"],
+    )
+    checkpoint.export(folder, out, _of_stage(config, name).model_dump(mode="json"))
+    write_aside(out / ORIGIN, origin.model_dump_json(indent=1))  # last: without it the export is made again
+
+
+def _read_origin(export: Path) -> Origin | None:
+    try:
+        return Origin.model_validate_json((export / ORIGIN).read_bytes())
+    except (OSError, ValidationError):
+        return None  # not there, or not whole: the export is not finished
 
 
 def load_trained(path: Path) -> Trained:
@@ -49,27 +99,32 @@ def load_trained(path: Path) -> Trained:
     Raises:
         UserError: there is nothing of the kind, or it is incomplete.
     """
-    if (path / CONFIG).exists() and (path / "export").is_dir():
+    if (path / CONFIG).exists() and not (path / WEIGHTS).exists():
         stages = [name for name in read_config(path / CONFIG).stages if (path / "export" / name / WEIGHTS).exists()]
         if not stages:
             raise UserError(f"{path} has no finished stage; name one of its checkpoints/STAGE folders")
         return load_trained(path / "export" / stages[-1])
     if (path / WEIGHTS).exists():
         try:
-            return Trained(read_config(path / CONFIG), load_file(path / WEIGHTS))
+            weights = load_file(path / WEIGHTS)
+            origin = _read_origin(path)
+            if origin is None:
+                raise UserError(f"{path / ORIGIN} is missing or damaged; the export is incomplete")
+            return Trained(read_config(path / CONFIG), weights, origin.autoencoder_fingerprint)
         except SafetensorError as error:
             raise UserError(f"{path / WEIGHTS} cannot be read, it may be incomplete: {error}") from error
-    folder = path if (path / MANIFEST).exists() else _newest(path)
+    folder = path if (path / MANIFEST).exists() else newest_folder(path)
     if folder is None:
         raise UserError(f"{path} is neither an export ({WEIGHTS} and {CONFIG}), nor a run folder, nor a checkpoint")
     stage = folder.resolve().parent
     config = read_config(stage.parent.parent / CONFIG)
     if stage.name not in config.stages:
         raise UserError(f"{folder}: its run's {CONFIG} does not know the stage {stage.name}; sample from an export")
-    return Trained(_of_stage(config, stage.name), checkpoint.assemble(folder, "ema"))
+    fingerprint = json.loads((folder / STATE).read_text())["autoencoder_fingerprint"]
+    return Trained(_of_stage(config, stage.name), checkpoint.assemble(folder, "ema"), fingerprint)
 
 
-def _newest(stage_dir: Path) -> Path | None:
+def newest_folder(stage_dir: Path) -> Path | None:
     """A stage's newest whole checkpoint."""
     for folder in reversed(step_folders(stage_dir)):
         try:

@@ -7,12 +7,15 @@ checkpoint on disk. The counters run on; the order of the data begins anew with 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.batch import Batch
 from data.pipeline import holdout_batches
@@ -21,7 +24,7 @@ from lingen import checkpoint
 from lingen.begin import Inputs, StageState, Start, begin_stage, find_start, load_inputs
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
 from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
-from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, init
+from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
 from lingen.errors import UserError
 from lingen.export import export_finished
 from lingen.flow import bucket_shift
@@ -39,6 +42,8 @@ from lingen.runfolder import (
 from lingen.step import StepResult, train_step
 from lingen.validation import validate
 
+ENOUGH_READ = 100  # samples, before the share of bad ones says anything
+
 
 @dataclass(frozen=True)
 class Run:
@@ -53,7 +58,13 @@ class Run:
 
 def dry_run(config: Config) -> int:
     """Print the plan of every stage; build nothing, write nothing."""
-    print_plan(config, make_plan(config, load_index(config.data.path)))
+    alone = Dist(0, 1, 0, torch.device("cpu"))
+    if config.init_from is not None:
+        there = checkpoint.open_checkpoint(Path(config.init_from), alone)
+        checkpoint.refuse_other_architecture(there, architecture(config))
+    plan = make_plan(config, load_index(config.data.path))
+    if find_place(os.environ).rank == 0:
+        print_plan(config, plan)
     return 0
 
 
@@ -64,41 +75,48 @@ def train(config: Config, stop: StopSignal) -> int:
         UserError: before anything is allocated, where the configuration and what lies on disk cannot work together.
     """
     dist = init(config.engine.device)
-    inputs = load_inputs(config, dist)
+    inputs = dist.together(lambda: load_inputs(config, dist))
     refuse_impossible(config, make_plan(config, inputs.index), dist.world)
     refuse_other_experiment(config)
     stages, start = find_start(config, inputs, dist)
     export_finished(config, dist)
-    if not stages:
+    code = 0
+    if stages:
+        metrics = dist.together(lambda: open_run(config, stages, start, dist))
+        try:
+            code = train_stages(Run(config, dist, inputs, metrics, stop), stages, start)
+        finally:
+            metrics.close()
+    elif dist.rank == 0:
         print(f"{run_folder(config)} is finished: every stage has its final checkpoint")
-        return 0
-    progress = start.progress
+    dist.close()  # not where a rank failed: the others may never come to it
+    return code
+
+
+def open_run(config: Config, stages: list[StageConfig], start: Start, dist: Dist) -> Metrics:
+    """Write the run's configuration down and open its records; the first thing that a start leaves on the disk."""
     if dist.rank == 0:
         write_aside(run_folder(config) / "config.yaml", dump_config(config))
-    metrics = Metrics(
+        print_choices(config, dist)
+    return Metrics(
         run_folder(config),
         config.logger,
         run_name=config.name,
         run_config=config.model_dump(mode="json"),
         rank=dist.rank,
-        resume_step=progress.step,
-        total_samples=progress.samples - progress.stage_samples + sum(stage.samples for stage in stages),
+        resume_step=start.progress.step,
+        total_samples=start.progress.samples - start.progress.stage_samples + sum(stage.samples for stage in stages),
     )
-    if dist.rank == 0:
-        print_choices(config, dist)
-    run = Run(config, dist, inputs, metrics, stop)
-    code = 0
-    try:
-        for stage in stages:
-            final = train_stage(run, stage, start)
-            if final is None:
-                code = EXIT_PREEMPTED
-                break
-            start = Start(checkpoint.open_checkpoint(final, dist), resume=False)
-    finally:
-        metrics.close()
-    dist.close()  # not where a rank failed: the others may never come to it
-    return code
+
+
+def train_stages(run: Run, stages: list[StageConfig], start: Start) -> int:
+    """One stage after the other, each from the final checkpoint of the one before."""
+    for stage in stages:
+        final = train_stage(run, stage, start)
+        if final is None:
+            return EXIT_PREEMPTED
+        start = Start(checkpoint.open_checkpoint(final, run.dist), resume=False)
+    return 0
 
 
 def print_choices(config: Config, dist: Dist) -> None:
@@ -123,26 +141,51 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
 
 def run_steps(run: Run, stage: StageConfig, state: StageState, *, resumed: bool) -> Path | None:
     """Step, measure and save until the stage is complete (its final checkpoint) or a signal came (None)."""
-    if not resumed:
+    if resumed:
+        make_up(run, stage, state)
+    else:
         log_transfer(run, stage, state)
         log_validation(run, stage, state, "start")
-    waiting_since = time.perf_counter()
-    for batches in state.loader:
-        data_wait = time.perf_counter() - waiting_since
-        result = take_step(run, stage, state, batches, data_wait)
-        done = is_complete(stage, state.progress)
-        if done:
-            log_validation(run, stage, state, "end")
-        elif due(run.config.validation.every_steps, state.progress):
-            log_validation(run, stage, state, "interval")
-        if done or result.stop or due(run.config.checkpoint.every_steps, state.progress):
-            folder = save(run, stage, state, final=done)
-            if done:
-                return folder
-            if result.stop:
-                return None
+    done = is_complete(stage, state.progress)  # at once, where the stage was made shorter than its checkpoint is
+    steps = iter(state.loader)
+    while not done:
         waiting_since = time.perf_counter()
-    raise AssertionError("the loader ended before the stage was complete")
+        batches = next(steps)
+        result = take_step(run, stage, state, batches, time.perf_counter() - waiting_since)
+        done = is_complete(stage, state.progress)
+        refuse_too_many_holes(run, state, finished=done)
+        if result.stop and not done:
+            save(run, stage, state, final=False)  # before all else: whoever stops us may not wait
+            return None
+        if due(run.config.validation.every_steps, state.progress) and not done:
+            log_validation(run, stage, state, "interval")
+        if due(run.config.checkpoint.every_steps, state.progress) and not done:
+            save(run, stage, state, final=False)
+    log_validation(run, stage, state, "end")
+    return save(run, stage, state, final=True)
+
+
+def make_up(run: Run, stage: StageConfig, state: StageState) -> None:
+    """Measure what a signal left out, when it came at a step that was to be validated."""
+    if due(run.config.validation.every_steps, state.progress) and not is_complete(stage, state.progress):
+        there = run.metrics.has("validation", state.progress.step, stage.name, "interval")  # known to rank 0 alone
+        if not run.dist.any(there):
+            log_validation(run, stage, state, "interval")
+
+
+def refuse_too_many_holes(run: Run, state: StageState, *, finished: bool) -> None:
+    """Judged over all ranks, from ``ENOUGH_READ`` samples on and at the end of the stage; before anything is saved.
+
+    Raises:
+        UserError: more than ``data.max_bad_share`` of the samples read were broken.
+    """
+    share = run.config.data.max_bad_share
+    if (finished or state.read >= ENOUGH_READ) and state.bad > share * state.read:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in state.loader.bad.most_common())
+        raise UserError(
+            f"{state.bad} of {state.read} samples read are bad ({reasons or 'on other ranks'}), more than "
+            f"data.max_bad_share={share:g}; {run_folder(run.config)}/bad_samples-rank*.jsonl name them"
+        )
 
 
 def due(every: int, progress: Progress) -> bool:
@@ -166,9 +209,9 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
         shift=stage.timestep_shift or bucket_shift(tokens, config.flow),
         flow=config.flow,
         dist=run.dist,
-        stop_asked=run.stop.asked,
+        stop_asked=lambda: run.stop.asked,
     )
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+    if result.valid and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
         raise UserError(
             f"step {state.progress.step + 1} of stage {stage.name}: loss={result.loss}, grad_norm={result.grad_norm}; "
             f"nothing of it was saved. Lower stages.{stage.name}.lr={stage.lr:g} or optim.grad_clip, then run again"
@@ -180,6 +223,8 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
         flops=TRAIN_FLOPS * bucket.batch_size * state.networks.forward_flops(grid),
         hours=(step_time + data_wait) / 3600,
     )
+    state.read += bucket.batch_size
+    state.bad += bucket.batch_size - result.valid
     state.ema.update(state.progress.samples, bucket.batch_size)
     if state.progress.step % config.logger.every_steps == 0:
         run.metrics.log(
@@ -235,6 +280,7 @@ def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> 
             batch_size=config.validation.batch_size,
             rank=run.dist.rank,
             world=run.dist.world,
+            bad_log=run_folder(config) / "bad_samples.jsonl" if at == "start" else None,  # named once is enough
         )
 
     measured = validate(state.networks, stage, held_out, config.validation, run.dist)
@@ -254,6 +300,8 @@ def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Pat
             "progress": state.progress.as_dict(),
             "position": state.loader.position.as_dict(),
             "lineage": state.lineage,
+            "read": state.read,
+            "bad": state.bad,
             **fingerprints(run),
         },
         architecture=architecture(config),
@@ -262,8 +310,8 @@ def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Pat
         ema=state.ema,
         dist=run.dist,
     )
-    if run.dist.rank == 0:
-        checkpoint.prune(stage_folder(config, stage.name), config.checkpoint.keep_last)
+    kept = config.checkpoint.keep_last
+    run.dist.together(lambda: checkpoint.prune(folder.parent, kept) if run.dist.rank == 0 else None)
     if final:
         export_finished(config, run.dist)
     return folder

@@ -94,6 +94,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def manifest_digest(folder: Path) -> str:
+    """Names a checkpoint by its content: the manifest holds the sha256 of all its files."""
+    return sha256(folder / MANIFEST)
+
+
 def shard_paths(folder: Path, manifest: Manifest) -> list[Path]:
     """The tensor files of all ranks."""
     return [folder / name for name in sorted(manifest.files) if name.endswith(".safetensors")]

@@ -60,6 +60,10 @@ class Metrics:
             for sink in self._others:
                 sink.write(record)
 
+    def has(self, kind: str, step: int, stage: str, at: str) -> bool:
+        """Whether such a record was there at the start or was logged since; False on all ranks but 0."""
+        return self._file is not None and self._file.has((kind, step, stage, at))
+
     def sync(self) -> None:
         """Force metrics.jsonl to the disk; called with each checkpoint, so that it never lacks a checkpointed step."""
         if self._file is not None:
@@ -130,6 +134,9 @@ class JsonLog:
         self._file.write(_encode(record))
         self._file.flush()
         return True
+
+    def has(self, identity: tuple[Any, ...]) -> bool:
+        return identity in self._seen
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -13,9 +13,14 @@ from lingen.config import Config
 from lingen.errors import UserError
 
 # What a run may not change from one start to the next: with another value it would be another experiment.
-FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema")
+FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema", "data", "validation")
 # ... except for where a file lies, and what only a start's speed depends on.
-FREE = {"autoencoder": {"path"}, "text": {"path", "cache"}}
+FREE = {
+    "autoencoder": {"path"},  # its fingerprint is compared
+    "text": {"cache"},
+    "data": {"path", "workers", "prefetch", "max_bad_share", "verify_checksums"},  # the index's fingerprint is
+    "validation": {"every_steps", "batch_size"},
+}
 
 
 def run_folder(config: Config) -> Path:
@@ -53,20 +58,27 @@ def read_config(path: Path) -> Config:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     return validate(Config, tree)
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is either the old file or the whole new one, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``text`` so that ``path`` is either the old file or the whole new one, also after a crash.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; name a folder that can") from error
 
 
 def refuse_other_experiment(config: Config) -> None:

@@ -5,6 +5,8 @@ Shapes: B samples of a micro-batch, F frames, C channels, T x H x W latent posit
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +54,7 @@ class Networks:
 class StepResult:
     """What one step measured, over all ranks."""
 
-    loss: float  # mean over the valid samples
+    loss: float  # mean over the valid samples; NaN where there are none
     grad_norm: float  # before clipping
     valid: int  # samples that were not holes
     stop: bool  # some rank was asked to stop
@@ -68,15 +70,17 @@ def train_step(
     shift: float,
     flow: FlowConfig,
     dist: Dist,
-    stop_asked: bool,
+    stop_asked: Callable[[], bool],
 ) -> StepResult:
     """Noise, predict, backward over this rank's micro-batches, then one step.
 
-    Holes count neither in the loss nor in its mean, so the mean is over the valid samples of the global batch.
+    Holes count neither in the loss nor in its mean, so the mean is over the valid samples of the global batch. Where
+    all are holes, the loss is NaN and the weights stay.
     """
     device = networks.device
     valid_total = torch.tensor(float(sum(int(b.valid.sum()) for b in batches)), device=device)
     dist.all_reduce_sum(valid_total)
+    valid = int(valid_total)
     loss_sum = torch.zeros((), device=device)
     for batch in batches:
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
@@ -96,7 +100,7 @@ def train_step(
         loss = (losses * batch.valid.to(device)).sum() / valid_total.clamp(min=1)
         networks.engine.backward(loss)
         loss_sum += loss.detach()
-    grad_norm = networks.engine.step(lr)
-    seen = torch.stack([loss_sum, torch.tensor(float(stop_asked), device=device)])
+    grad_norm = networks.engine.step(lr if valid else 0.0)
+    seen = torch.stack([loss_sum, torch.tensor(float(stop_asked()), device=device)])
     dist.all_reduce_sum(seen)
-    return StepResult(float(seen[0]), grad_norm, int(valid_total), bool(seen[1] > 0))
+    return StepResult(float(seen[0]) if valid else math.nan, grad_norm, valid, bool(seen[1] > 0))

@@ -15,6 +15,7 @@ from data.batch import Batch
 from lingen.config import BucketConfig, StageConfig, ValidationConfig
 from lingen.curriculum import bucket_shares
 from lingen.dist import Dist
+from lingen.errors import UserError
 from lingen.flow import generator, interpolate, sample_losses
 from lingen.step import Networks
 
@@ -27,8 +28,11 @@ def fixed_sigmas(config: ValidationConfig) -> torch.Tensor:
 
 
 @torch.no_grad()
-def bucket_losses(networks: Networks, batches: Iterator[Batch], sigmas: torch.Tensor, dist: Dist) -> torch.Tensor:
-    """The mean loss at each sigma over one bucket's held-out samples: (S,) fp64, the same on every rank."""
+def bucket_losses(
+    networks: Networks, batches: Iterator[Batch], sigmas: torch.Tensor, dist: Dist
+) -> tuple[torch.Tensor, int]:
+    """The mean loss at each sigma over one bucket's held-out samples, (S,) fp64, and how many of these were valid; the
+    same on every rank."""
     totals = torch.zeros(len(sigmas) + 1, dtype=torch.float64, device=networks.device)  # a sum a sigma, then the count
     for batch in batches:
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
@@ -46,21 +50,33 @@ def bucket_losses(networks: Networks, batches: Iterator[Batch], sigmas: torch.Te
             totals[i] += (sample_losses(velocity, latents, noise).double() * valid).sum()
         totals[-1] += valid.sum()
     dist.all_reduce_sum(totals)
-    return (totals[:-1] / totals[-1].clamp(min=1)).cpu()
+    return (totals[:-1] / totals[-1]).cpu(), int(totals[-1])
 
 
 def validate(
     networks: Networks, stage: StageConfig, held_out: HeldOut, config: ValidationConfig, dist: Dist
 ) -> dict[str, Any]:
     """The validation record of a stage: ``loss`` (mean over the buckets by their share), ``bucket_loss`` and
-    ``bin_loss`` (mean over bins of neighbouring sigmas, from the data to the noise)."""
+    ``bin_loss`` (mean over bins of neighbouring sigmas, from the data to the noise); ``valid`` samples a bucket.
+
+    Raises:
+        UserError: not one held-out sample of a bucket can be decoded.
+    """
     sigmas = fixed_sigmas(config)
-    losses = {str(b): bucket_losses(networks, held_out(b), sigmas, dist) for b in stage.buckets}
+    measured = {str(b): bucket_losses(networks, held_out(b), sigmas, dist) for b in stage.buckets}
+    losses, valid = {b: loss for b, (loss, _) in measured.items()}, {b: count for b, (_, count) in measured.items()}
+    for bucket, count in valid.items():
+        if not count:
+            raise UserError(
+                f"stage {stage.name}: every held-out sample of bucket {bucket} is broken; "
+                "bad_samples-rank*.jsonl names them"
+            )
     shares = torch.tensor(bucket_shares(stage), dtype=torch.float64)  # (buckets,)
     by_sigma = torch.stack([losses[str(bucket)] for bucket in stage.buckets])  # (buckets, S)
     mixed = shares @ by_sigma  # (S,)
     return {
         "loss": mixed.mean().item(),
         "bucket_loss": {name: loss.mean().item() for name, loss in losses.items()},
+        "valid": valid,
         "bin_loss": mixed.view(config.bins, -1).mean(1).tolist(),
     }

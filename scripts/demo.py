@@ -86,9 +86,9 @@ def run_together(commands: dict[str, Sequence[str | Path]]) -> None:
             codes = list(pool.map(follow, children, children.values()))
     finally:
         for child in children.values():
-            child.terminate()  # Ctrl-C ends both; a training saves first
+            child.terminate()
     if any(codes):
-        sys.exit(max(codes))
+        sys.exit(max(*codes, 1))  # a child that a signal killed has a negative code
 
 
 def follow(model: str, child: subprocess.Popen[str]) -> int:
@@ -174,6 +174,7 @@ def show(out: Path) -> None:
 def main() -> None:
     """Prepare, train, show; the paths come last."""
     words = parse(Words, sys.argv[1:])
+    os.chdir(ROOT)  # where the commands run; ``out`` is relative to it
     began, out = time.perf_counter(), Path(words.out)
     out.mkdir(parents=True, exist_ok=True)
     prepare(words, out)

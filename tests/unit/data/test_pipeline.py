@@ -273,16 +273,6 @@ def test_a_damaged_sample_is_a_hole(index: Index, folder: Path, tmp_path: Path, 
     assert all(line["reason"] == "wrong checksum" for line in lines)
 
 
-def test_too_many_bad_samples_end_the_run(folder: Path, tmp_path: Path, index: Index) -> None:
-    hurt = damage(folder, tmp_path / "hurt", [key for key in index.key if key.startswith("image")][::3])
-    loader = make_loader(hurt, make_stage(), config(folder))
-    handed_out = 0
-    with pytest.raises(UserError, match=r"wrong checksum.*data\.max_bad_share=0\.05"):
-        for _ in loader:
-            handed_out += 1
-    assert loader.read >= 100 and handed_out == loader.position.step  # the failing step is not counted
-
-
 def test_a_shard_that_vanishes_is_holes_not_a_crash(folder: Path, tmp_path: Path) -> None:
     hurt = damage(folder, tmp_path / "hurt", [])
     (tmp_path / "hurt" / hurt.shards[0]).unlink()

@@ -34,6 +34,18 @@ BASE = ["name=a", "data.path=x", "autoencoder.path=y"]
         (["model.mate=null"], ["model.mate", "model=lingen"]),
         (["size.d_model=100"], ["d_model=100", "head_dim"]),
         (["nonsense"], ["nonsense"]),
+        (["model=null"], ["model=null does not exist", "dit, lingen"]),
+        (["model=[lingen,dit]"], ["does not exist"]),
+        (["stage.samples=8"], ["stage.samples needs stage=NAME"]),
+        (["stage=demo_video", "stages.demo_video.lr=1"], ["stages.demo_video.lr=1", "stage.KEY"]),
+        (["stages.demo_imag.lr=1"], ["stages.demo_imag", "did you mean 'demo_image'"]),
+        (["stages.demo_image.name=other"], ["stages.demo_image.name=other"]),
+        (["stages.demo_image.buckets.x.frames=8"], ["stages.demo_image.buckets.x.frames=8"]),
+        (["stages.demo_image.buckets.5.frames=8"], ["buckets.5.frames=8", "out of range"]),
+        (["stages.demo_image.lr=inf"], ["stages.demo_image.lr=inf", "finite"]),
+        (["optim.betas=[0.9,1]"], ["optim.betas.1=1", "less than 1"]),
+        (["seed=99999999999999999999"], ["seed=9999"]),
+        (["model.mate.mamba_head_dim=48"], ["mamba_head_dim=48", "expand=2"]),
     ],
 )
 def test_a_wrong_word_is_named(words: list[str], parts: list[str]) -> None:
@@ -52,6 +64,16 @@ def test_a_stage_replaces_the_curriculum() -> None:
     config = compose([*BASE, "stage=demo_video", "stage.samples=32", "init_from=somewhere"])
     assert list(config.stages) == ["demo_video"]
     assert config.stages["demo_video"].samples == 32
+
+
+def test_a_path_may_hold_any_character() -> None:
+    path = "/data/ü (a)=[x]~'q' {b}, #c"
+    config = compose([*BASE, f"data.path={path}", "name=2024", "init_from=/a b"])
+    assert (config.data.path, config.name, config.init_from) == (path, "2024", "/a b")
+
+
+def test_a_stage_can_be_taken_out() -> None:
+    assert list(compose([*BASE, "~stages.demo_video"]).stages) == ["demo_image", "demo_video_128"]
 
 
 def test_a_default_that_no_file_mentions_can_be_set() -> None:
@@ -104,7 +126,13 @@ def test_script_words() -> None:
 
 @pytest.mark.parametrize(
     ("word", "part"),
-    [("step=3", "did you mean 'steps'"), ("steps", "not key=value"), ("steps=x", "steps=x"), ("runs=[", "runs=[")],
+    [
+        ("step=3", "did you mean 'steps'"),
+        ("steps", "not key=value"),
+        ("steps=x", "steps=x"),
+        ("runs=[", "runs=["),
+        ("steps=2024-13-45", "2024-13-45"),
+    ],
 )
 def test_wrong_script_words(word: str, part: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -58,14 +58,14 @@ def test_an_incomplete_launcher_is_refused(environ: dict[str, str], named: str) 
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(n) for n in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_only_ask(handlers: None, number: int) -> None:
     stop = StopSignal()
     assert not stop.asked
