@@ -74,7 +74,7 @@ def decode_clip(media: bytes, *, frames: int, height: int, width: int, fps: floa
 
     Args:
         media: an encoded video, or an image (it fills a bucket of one frame).
-        frames, height, width: the bucket. The source is scaled until it covers height x width, its middle is cropped.
+        frames, height, width: the bucket. The source's middle is cropped to the shape of height x width, and scaled.
         fps: rate of the result; each of its frames is the source's nearest in time.
         start: in [0, 1), where the window lies among all places that it could have.
 
@@ -111,15 +111,19 @@ def _nearest_frames(times: Times, frames: int, fps: float, start: float) -> list
 
 
 def _cover(frames: Frames, height: int, width: int) -> torch.Tensor:
-    """Scale (F, H, W, 3) until it covers height x width, then crop the middle: (F, 3, h, w)."""
+    """Crop the middle of (F, H, W, 3) to the shape of height x width, then scale it: (F, 3, h, w).
+
+    The crop comes first, so that a source a pixel high and thousands wide does not become a giant on the way.
+    """
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (F, 3, H, W)
     tall, wide = pixels.shape[-2:]
     scale = max(height / tall, width / wide)
-    size = max(height, round(tall * scale)), max(width, round(wide * scale))
-    if size != (tall, wide):
-        pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return pixels[..., top : top + height, left : left + width]
+    rows, columns = max(1, round(height / scale)), max(1, round(width / scale))
+    top, left = (tall - rows) // 2, (wide - columns) // 2
+    pixels = pixels[..., top : top + rows, left : left + columns]
+    if (rows, columns) == (height, width):
+        return pixels
+    return torch.nn.functional.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True)
 
 
 def _is_image(media: bytes) -> bool:
@@ -131,12 +135,15 @@ def _is_image(media: bytes) -> bool:
 def _decode_image(media: bytes) -> Frames:
     """(1, H, W, 3), upright."""
     with _decoding(), Image.open(io.BytesIO(media)) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))[None]
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # grey of 16 bits, which convert() would clip at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return np.array(upright.convert("RGB"))[None]
 
 
 def _check_packets(media: bytes) -> None:
     """Refuse a file that does not hold a video, or fewer frames than its header declares."""
-    with _decoding(), av.open(io.BytesIO(media)) as container:
+    with _decoding(), _open_av(media) as container:
         if not container.streams.video:
             raise BadSample("cannot be decoded", "no video stream")
         stream = container.streams.video[0]
@@ -146,6 +153,11 @@ def _check_packets(media: bytes) -> None:
         raise BadSample("cannot be decoded", "no frames")
     if packets < declared:
         raise BadSample("truncated", f"{packets} of {declared} frames")
+
+
+def _open_av(media: bytes) -> av.container.InputContainer:
+    """A title or an author need not be UTF-8."""
+    return av.open(io.BytesIO(media), metadata_errors="replace")
 
 
 @contextmanager
@@ -178,7 +190,7 @@ def _open_decord(media: bytes) -> Reader:
 
 def _open_pyav(media: bytes) -> Reader:
     """The same through PyAV, for the machines that decord has no wheel for."""
-    with av.open(io.BytesIO(media)) as container:
+    with _open_av(media) as container:
         stream = container.streams.video[0]
         base = stream.time_base or Fraction(1, 1)
         stamps = sorted(p.pts for p in container.demux(stream) if p.size and p.pts is not None)
@@ -188,7 +200,7 @@ def _open_pyav(media: bytes) -> Reader:
     def read(indices: list[int]) -> Frames:
         wanted = {stamps[i] for i in indices}
         found: dict[int, Frames] = {}
-        with av.open(io.BytesIO(media)) as container:
+        with _open_av(media) as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
             container.seek(min(wanted), stream=stream)

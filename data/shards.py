@@ -13,18 +13,23 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import webdataset
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.decode import BadSample, ClipInfo
 from lingen.errors import UserError
 
 INDEX = "index.json"
 PARTIAL_INDEX = "index.partial.json"  # what a run that was stopped had written until then
+
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Bytes = Annotated[int, Field(ge=1, lt=1 << 62)]  # ... and a Place together fit an int64
+Place = Annotated[int, Field(ge=0, lt=1 << 62)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _ShardEntry(BaseModel):
@@ -39,13 +44,13 @@ class _Columns(BaseModel):
     model_config = ConfigDict(extra="forbid")
     key: list[str] = []
     caption: list[str] = []
-    frames: list[int] = []
-    fps: list[float] = []
-    height: list[int] = []
-    width: list[int] = []
-    bytes: list[int] = []
-    shard: list[int] = []
-    offset: list[int] = []
+    frames: list[Count] = []
+    fps: list[Rate] = []
+    height: list[Count] = []
+    width: list[Count] = []
+    bytes: list[Bytes] = []
+    shard: list[Place] = []
+    offset: list[Place] = []
     sha256: list[str] = []
 
 
@@ -124,7 +129,10 @@ def load_index(path: str | Path) -> Index:
         index = _IndexFile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"data.path={path}: {file} is damaged ({first['msg']}); write the shards again") from error
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"data.path={path}: {file} is damaged ({where}: {first['msg']}); write the shards again"
+        ) from error
     _check(folder, index)
     samples = index.samples
     columns: dict[str, Any] = {name: getattr(samples, name) for name in type(samples).model_fields}
@@ -160,10 +168,11 @@ def _check(folder: Path, index: _IndexFile) -> None:
             )
     sizes = np.array([shard.bytes for shard in index.shards] or [0])
     place = np.array(samples.shard)
-    inside = (place >= 0) & (place < len(index.shards))
     ends = np.array(samples.offset) + np.array(samples.bytes)
-    if not inside.all() or min(samples.offset) < 0 or (ends > sizes[place]).any():
+    if (place >= len(index.shards)).any() or (ends > sizes[place]).any():
         raise UserError(f"{where}: {INDEX} is damaged (it places samples outside their shards); write the shards again")
+    if ((np.array(samples.fps) > 0) != (np.array(samples.frames) > 1)).any():
+        raise UserError(f"{where}: {INDEX} is damaged (it has videos without a rate); write the shards again")
 
 
 def read_member(index: Index, i: int, *, verify: bool = True) -> bytes:

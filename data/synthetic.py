@@ -12,15 +12,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from rich.progress import track
 
 from data.encode import encode_mp4
@@ -184,22 +184,26 @@ def write_world(
     """Write clip-00000.mp4 ..., image-00000.png ..., each with a .txt beside it. Equal arguments give equal pixels.
 
     Raises:
-        UserError: ``out`` exists, or ``size`` is odd (H.264 halves the resolution of colour).
+        UserError: ``out`` exists or cannot be written, or ``size`` is odd (H.264 halves the resolution of colour).
     """
     folder = Path(out)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"out={out} exists; choose another folder, or remove this one to render it again")
     if size % 2:
         raise UserError(f"size={size} is odd, and H.264 needs it even; try {size + 1}")
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    jobs = [_Job(aside, seed, number, frames, size, fps) for number in range(clips)]
-    jobs += [_Job(aside, seed, number, 1, size, fps) for number in range(images)]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for _ in track(pool.imap_unordered(_write_one, jobs, chunksize=8), "rendering", total=len(jobs)):
-            pass
-    aside.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rendering-", dir=folder.parent) as beside:
+            aside = Path(beside) / "world"
+            aside.mkdir()
+            jobs = [_Job(aside, seed, number, frames, size, fps) for number in range(clips)]
+            jobs += [_Job(aside, seed, number, 1, size, fps) for number in range(images)]
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                for _ in track(pool.imap_unordered(_write_one, jobs, chunksize=8), "rendering", total=len(jobs)):
+                    pass
+            aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written: {error}") from error
 
 
 class _Job(NamedTuple):
@@ -295,13 +299,19 @@ def _hue(rgb: npt.NDArray[Any]) -> tuple[Floats, Floats]:
 class _Words(BaseModel):
     model_config = ConfigDict(extra="forbid")
     out: str
-    clips: int = 1000
-    images: int = 500
+    clips: NonNegativeInt = 1000
+    images: NonNegativeInt = 500
     size: PositiveInt = 64
-    frames: PositiveInt = 17
-    fps: PositiveFloat = 8.0
-    seed: int = 0
+    frames: int = Field(17, ge=2)  # of a clip; an image has one
+    fps: float = Field(8.0, ge=0.1, le=1000)
+    seed: NonNegativeInt = 0
     workers: PositiveInt = os.cpu_count() or 1
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> _Words:
+        if not self.clips + self.images:
+            raise ValueError("clips=0 images=0 is an empty world; ask for one clip or image at least")
+        return self
 
 
 def main(words: list[str]) -> int:

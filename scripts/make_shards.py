@@ -32,6 +32,7 @@ from lingen.errors import UserError, run_main
 
 MEDIA = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MANIFESTS = {".csv", ".jsonl"}
+ENOUGH_SEEN = 100  # samples; a smaller set is looked at whole, so that all that is bad in it is named
 
 
 class Words(BaseModel):
@@ -42,7 +43,7 @@ class Words(BaseModel):
     output: str
     manifest: str | None = None
     samples_per_shard: PositiveInt = 256  # a shard also ends at 1 GiB
-    max_bad_share: Share = 0.05  # of all samples; where more are bad, the run stops
+    max_bad_share: Share = 0.05  # of all samples; where more are bad (and more than one), the run stops; 0 allows none
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,31 @@ def main(words: list[str]) -> int:
     """Write the shards; the last line on stdout says what was written.
 
     Raises:
-        UserError: no input, an output that is in use, a bad manifest, or more bad samples than ``max_bad_share``.
+        UserError: no input, an output that is in use or cannot be written, a bad manifest, or more bad samples than
+            ``max_bad_share``.
     """
     args = parse(Words, words)
     folder, output = Path(args.input), Path(args.output)
     if not folder.is_dir():
         raise UserError(f"input={folder} is not a folder; give the one that holds the videos and images")
-    refuse_used(output)
     entries = find_entries(folder, args.manifest)
     if not entries:
         raise UserError(
             f"input={folder} holds no videos or images ({', '.join(sorted(MEDIA))}); add some, with captions"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    tally = Tally()
+    try:
+        refuse_used(output)
+        output.mkdir(parents=True, exist_ok=True)
+        written = write_output(args, entries)
+    except OSError as error:  # what cannot be read of the input is a bad sample
+        raise UserError(f"output={output} cannot be written: {error}") from error
+    print(written)
+    return 0
+
+
+def write_output(args: Words, entries: list[Entry]) -> str:
+    """Shards, rejected.jsonl and report.json; what was written, in one line."""
+    folder, output, tally = Path(args.input), Path(args.output), Tally()
     try:
         with (output / "rejected.jsonl").open("w") as log:
             records = good_records(folder, entries, args.max_bad_share, tally, log)
@@ -98,20 +110,19 @@ def main(words: list[str]) -> int:
         report = {"samples": tally.good, "shards": len(shards), "rejected": dict(tally.rejected)}
         write_file(output / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     size = sum(shard.stat().st_size for shard in shards) / 1e6
-    print(
+    return (
         f"{output}: {tally.good} samples in {len(shards)} shards, {size:.1f} MB; rejected: {tally.listed() or 'none'}"
     )
-    return 0
 
 
 def find_entries(folder: Path, manifest: str | None) -> list[Entry]:
     """What the manifest lists, or every video and image below the folder, in a fixed order. Hidden ones are left out.
 
     Raises:
-        UserError: the manifest is missing or has no ``path`` and ``caption``, or there are several.
+        UserError: the manifest is missing or damaged or has no ``path`` and ``caption``, or there are several.
     """
     if manifest is None:
-        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in MANIFESTS)
+        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in MANIFESTS and file.is_file())
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise UserError(f"input={folder} holds several manifests ({names}); say which with manifest=FILE")
@@ -127,26 +138,40 @@ def find_entries(folder: Path, manifest: str | None) -> list[Entry]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"manifest {file} is not UTF-8 text ({error.reason})") from error
+    except OSError as error:
+        raise UserError(f"manifest {file} cannot be read: {error}") from error
     return read_csv(file, text) if file.suffix.lower() == ".csv" else read_jsonl(text)
 
 
 def read_csv(file: Path, text: str) -> list[Entry]:
-    """One entry a row."""
-    rows = csv.DictReader(io.StringIO(text))
-    if not {"path", "caption"} <= set(rows.fieldnames or ()):
-        raise UserError(f"manifest {file} has the columns {rows.fieldnames}, and needs 'path' and 'caption'")
-    return [manifest_entry(row, rows.line_num) for row in rows]
+    """One entry a row. A quote that is never closed is an error: it would swallow the rows behind it."""
+    csv.field_size_limit(len(text))  # a caption may be longer than the module's default of 128 KiB
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    entries: list[Entry] = []
+    whole = 0  # lines up to the end of the last row
+    try:
+        if not {"path", "caption"} <= set(rows.fieldnames or ()):
+            raise UserError(f"manifest {file} has the columns {rows.fieldnames}, and needs 'path' and 'caption'")
+        whole = rows.line_num
+        for row in rows:
+            entries.append(manifest_entry(row, rows.line_num))
+            whole = rows.line_num
+    except csv.Error as error:
+        raise UserError(
+            f"manifest {file}: the row on line {whole + 1} has a stray or unclosed quote ({error})"
+        ) from error
+    return entries
 
 
 def read_jsonl(text: str) -> list[Entry]:
-    """One entry a line."""
+    """One entry a line; only a newline ends it (splitlines() would also cut captions, at U+2028 for one)."""
     entries = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entries.append(manifest_entry(json.loads(line), number))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of too many digits, or a nest too deep
             entries.append(Entry(f"line {number} of the manifest", problem="bad manifest line"))
     return entries
 
@@ -165,10 +190,12 @@ def good_records(
     """The entries that can be used; the others are counted and logged.
 
     Raises:
-        UserError: so many are bad that their share of all entries is over the limit, whatever follows.
+        UserError: more are bad than ``max_bad_share`` of all entries, and more than one (one bad sample among a few
+            says nothing); 0 allows none. Judged at the end, or from ``ENOUGH_SEEN`` on as soon as it is certain.
     """
     keys: set[str] = set()
-    for entry in track(entries, "writing shards", console=Console(stderr=True)):
+    allowed = max(max_bad_share * len(entries), 1.0 if max_bad_share else 0.0)
+    for seen, entry in enumerate(track(entries, "writing shards", console=Console(stderr=True)), start=1):
         try:
             record = read_entry(folder, entry)
             if record.key in keys:
@@ -176,15 +203,15 @@ def good_records(
         except BadSample as bad:
             tally.rejected[bad.reason] += 1
             print(json.dumps({"path": entry.name, "reason": bad.reason, "detail": bad.detail}), file=log, flush=True)
-            if tally.rejected.total() > max_bad_share * len(entries):
-                raise UserError(
-                    f"{tally.rejected.total()} of {len(entries)} samples are bad ({tally.listed()}), more than "
-                    f"max_bad_share={max_bad_share:g}"
-                ) from None
-            continue
-        keys.add(record.key)
-        tally.good += 1
-        yield record
+        else:
+            keys.add(record.key)
+            tally.good += 1
+            yield record
+        if tally.rejected.total() > allowed and (seen >= ENOUGH_SEEN or seen == len(entries)):
+            raise UserError(
+                f"{tally.rejected.total()} of {len(entries)} samples are bad ({tally.listed()}), more than "
+                f"max_bad_share={max_bad_share:g}"
+            )
 
 
 def read_entry(folder: Path, entry: Entry) -> Record:
@@ -198,17 +225,19 @@ def read_entry(folder: Path, entry: Entry) -> Record:
     root = folder.resolve()
     file = Path(os.path.normpath(root / entry.name))
     try:
-        inside = file.is_relative_to(root) and file.resolve().is_relative_to(root)  # a link may lead out, too
+        refuse_outside(file, root)
     except (OSError, ValueError, RuntimeError) as error:  # a null byte, a loop of links
         raise BadSample("bad path", str(error)) from error
-    if not inside:
-        raise BadSample("path leaves the input folder", str(file))
     if file.suffix.lower() not in MEDIA:
         raise BadSample("neither a video nor an image", file.suffix)
     key = key_of(file.relative_to(root))
-    suffix, content, caption = (
-        read_caption(file) if entry.caption is None else ("txt", entry.caption.encode(), entry.caption)
-    )
+    try:
+        suffix, content, caption = (
+            read_caption(file, root) if entry.caption is None else ("txt", entry.caption.encode(), entry.caption)
+        )
+        caption.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can spell
+        raise BadSample("bad caption", "not valid Unicode") from error
     if not caption.strip():
         raise BadSample("missing caption")
     try:
@@ -218,18 +247,28 @@ def read_entry(folder: Path, entry: Entry) -> Record:
     return Record(key, caption.strip(), media, file.suffix.lower().removeprefix("."), probe(media), (suffix, content))
 
 
-def read_caption(file: Path) -> tuple[str, bytes, str]:
+def refuse_outside(file: Path, root: Path) -> None:
+    """Raises:
+    BadSample: a file that is outside ``root``, or a link that leads out of it.
+    """
+    if not (file.is_relative_to(root) and file.resolve().is_relative_to(root)):
+        raise BadSample("path leaves the input folder", str(file))
+
+
+def read_caption(file: Path, root: Path) -> tuple[str, bytes, str]:
     """(suffix, content, caption) of the .txt or else the .json beside a file; ("", b"", "") where there is none."""
     for suffix in ("txt", "json"):
         beside = file.with_suffix(f".{suffix}")
-        if beside.is_file():
+        try:
+            if not beside.is_file():
+                continue
+            refuse_outside(beside, root)
             content = beside.read_bytes()
-            try:
-                text = content.decode("utf-8-sig")
-                caption = text if suffix == "txt" else json.loads(text)["caption"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadSample("bad caption file", f"{beside.name}: {error}") from error
-            return suffix, content, caption if isinstance(caption, str) else ""
+            text = content.decode("utf-8-sig")
+            caption = text if suffix == "txt" else json.loads(text)["caption"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # the last: a nest too deep
+            raise BadSample("bad caption file", f"{beside.name}: {error}") from error
+        return suffix, content, caption if isinstance(caption, str) else ""
     return "", b"", ""
 
 

@@ -101,6 +101,25 @@ def test_the_source_covers_the_bucket_and_its_middle_is_kept() -> None:
     assert decode_clip(png(wide), frames=1, height=7, width=21, fps=8, start=0).shape == (3, 1, 7, 21)
 
 
+@pytest.mark.parametrize("shape", [(72, 128), (128, 72), (37, 50), (20, 20)])
+def test_the_crop_is_that_of_a_scaled_source(shape: tuple[int, int]) -> None:
+    """Cropped first or scaled first: the same picture, but for less than a pixel of the source."""
+    ramps = np.stack([*np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij"), np.zeros(shape)], -1)
+    clip = decode_clip(png(ramps.astype(np.uint8)), frames=1, height=24, width=32, fps=8, start=0)[:2, 0]
+    scale = max(24 / shape[0], 32 / shape[1])
+    for pixels, axis, middle in ((clip[0].T, 24, shape[0]), (clip[1], 32, shape[1])):  # the last is the ramp's axis
+        expected = (torch.arange(axis) + 0.5 - axis / 2) / scale + middle / 2 - 0.5
+        assert (pixels - expected).abs().max() < 1.1
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1)])
+def test_a_sliver_does_not_become_a_giant(shape: tuple[int, int]) -> None:
+    """Scaled before it is cropped, this would take 250 GB."""
+    media = png(np.full((*shape, 3), 70, np.uint8))
+    clip = decode_clip(media, frames=1, height=2048, width=2048, fps=8, start=0)
+    assert clip.shape == (3, 1, 2048, 2048) and int(clip.min()) == int(clip.max()) == 70
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp"])
 def test_images(kind: str) -> None:
     stream = io.BytesIO()
@@ -115,6 +134,28 @@ def test_an_image_stands_upright() -> None:
     exif[0x0112] = 6  # turned by a quarter
     info = probe(png(np.zeros((12, 20, 3), np.uint8), exif=exif))
     assert (info.height, info.width) == (20, 12)
+
+
+def test_grey_of_sixteen_bits_keeps_its_steps() -> None:
+    grey = np.arange(0, 256 * 256, 256 * 16, dtype=np.uint16).reshape(4, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for options, expected in (({}, grey), ({"exif": exif}, grey[::-1, ::-1])):
+        clip = decode_clip(png(grey, **options), frames=1, height=4, width=4, fps=8, start=0)
+        assert (clip == torch.from_numpy((expected // 256).astype(np.uint8))).all()
+
+
+def test_a_title_in_another_encoding() -> None:
+    stream_bytes = io.BytesIO()
+    with av.open(stream_bytes, "w", format="mp4") as container:
+        container.metadata["title"] = "a caf$"
+        stream = container.add_stream("libx264", rate=8, options={"x264-params": "log-level=none"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    media = stream_bytes.getvalue()
+    assert media.count(b"a caf$") == 1
+    assert probe(media.replace(b"a caf$", b"a caf\xe9")).frames == 1  # Latin-1
 
 
 def test_timestamps_decide_not_the_frame_count() -> None:

@@ -179,14 +179,15 @@ def test_a_manifest_cannot_leave_its_folder(script: ModuleType, folder: Path, tm
 
 
 def test_too_many_bad_samples_stop_it_and_the_good_ones_stay(script: ModuleType, folder: Path, tmp_path: Path) -> None:
-    (folder / "zero.mp4").write_bytes(b"")
-    (folder / "zero.txt").write_text("caption")
+    for name in ("AAA.mp4", "zero.mp4"):  # the first and the last
+        (folder / name).write_bytes(b"")
+        (folder / name).with_suffix(".txt").write_text("caption")
     out = tmp_path / "out"
     with pytest.raises(
-        UserError, match=r"1 of 5 samples are bad \(1 empty file\).*max_bad_share=0\.1.*rejected\.jsonl"
+        UserError, match=r"2 of 6 samples are bad \(2 empty file\).*max_bad_share=0\.1.*rejected\.jsonl"
     ):
         make(script, folder, out, "max_bad_share=0.1")
-    assert rejected(out) == {"zero.mp4": "empty file"}
+    assert rejected(out) == {"AAA.mp4": "empty file", "zero.mp4": "empty file"}
     assert not (out / "index.json").exists()
     (out / "index.partial.json").rename(out / "index.json")
     index = load_index(out)
@@ -194,9 +195,87 @@ def test_too_many_bad_samples_stop_it_and_the_good_ones_stay(script: ModuleType,
 
 
 def test_the_limit_is_on_all_samples_not_on_the_first(script: ModuleType, folder: Path, tmp_path: Path) -> None:
-    (folder / "AAA.mp4").write_bytes(b"")  # comes first
-    make(script, folder, tmp_path / "out", "max_bad_share=0.2")
+    for name in ("AAA.mp4", "AAB.mp4"):  # come first
+        (folder / name).write_bytes(b"")
+    make(script, folder, tmp_path / "out", "max_bad_share=0.34")
     assert len(load_index(tmp_path / "out")) == 4
+
+
+def test_one_bad_sample_among_a_few_stops_nothing(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    (folder / "AAA.mp4").write_bytes(b"")
+    make(script, folder, tmp_path / "out")  # 1 of 5, with the default of 0.05
+    assert len(load_index(tmp_path / "out")) == 4
+    with pytest.raises(UserError, match="1 of 5 samples are bad"):
+        make(script, folder, tmp_path / "strict", "max_bad_share=0")
+
+
+def test_a_large_set_is_given_up_as_soon_as_it_is_certain(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"path": f"gone-{n}.mp4", "caption": "c"}) for n in range(300)]
+    (folder / "list.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="100 of 300 samples are bad"):
+        make(script, folder, tmp_path / "out")
+    (folder / "list.jsonl").write_text("\n".join(rows[:90]))
+    with pytest.raises(UserError, match="90 of 90 samples are bad"):  # all of them are named
+        make(script, folder, tmp_path / "out")
+
+
+def test_what_captions_may_hold(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    """Half a surrogate pair is no text; line separators and long captions are; a nest too deep is not JSON."""
+    (folder / "Image.json").write_text('{"caption": "half a pair \\ud83d"}')
+    (folder / "below.d/clip.v1.json").write_text("[" * 100_000)
+    make(script, folder, tmp_path / "beside", "max_bad_share=0.5")
+    assert rejected(tmp_path / "beside") == {"Image.PNG": "bad caption", "below.d/clip.v1.mp4": "bad caption file"}
+    assert len(load_index(tmp_path / "beside")) == 2
+
+    captions = ["one\u2028two\x85three\x0bfour\x0cfive", "long " * 40_000 + "end"]
+    paths = ["clip.v1.mp4", "below.d/clip.v1.mp4"]
+    lines = [json.dumps({"path": p, "caption": c}, ensure_ascii=False) for p, c in zip(paths, captions, strict=True)]
+    lines += ['{"path": "Image.PNG", "caption": "\\ud83d"}', "[" * 100_000, "9" * 5000]
+    (folder / "list.jsonl").write_text("\n".join(lines) + "\n")
+    make(script, folder, tmp_path / "listed", "max_bad_share=0.9")
+    assert load_index(tmp_path / "listed").caption == captions
+    assert list(rejected(tmp_path / "listed").values()) == ["bad caption", "bad manifest line", "bad manifest line"]
+
+    (folder / "list.jsonl").unlink()
+    (folder / "list.csv").write_text("path,caption\n" + "\n".join(map(",".join, zip(paths, captions, strict=True))))
+    make(script, folder, tmp_path / "rows")
+    assert load_index(tmp_path / "rows").caption == captions
+
+
+def test_an_unclosed_quote_swallows_no_rows(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    (folder / "list.csv").write_text('path,caption\nImage.PNG,good\nclip.v1.mp4,"open\nbelow.d/Image.PNG,lost\n')
+    with pytest.raises(UserError, match=r"list\.csv: the row on line 3 has a stray or unclosed quote"):
+        make(script, folder, tmp_path / "out")
+    (folder / "list.csv").write_text('path,"caption\nImage.PNG,good\n')
+    with pytest.raises(UserError, match="the row on line 1"):
+        make(script, folder, tmp_path / "out")
+
+
+def test_a_folder_is_no_manifest(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    (folder / "list.csv").mkdir()
+    make(script, folder, tmp_path / "out")
+    assert len(load_index(tmp_path / "out")) == 4
+
+
+def test_a_caption_cannot_come_from_outside(script: ModuleType, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text('{"caption": "secret"}')
+    for name in ("clip.v1.txt", "Image.json"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / "secret")
+    (folder / "below.d/Image.txt").unlink()
+    (folder / "below.d/Image.txt").symlink_to("clip.v1.json")  # inside
+    make(script, folder, tmp_path / "out", "max_bad_share=0.5")
+    outside = "path leaves the input folder"
+    assert rejected(tmp_path / "out") == {"Image.PNG": outside, "clip.v1.mp4": outside}
+    assert not any(b"secret" in shard.read_bytes() for shard in (tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300])
+def test_an_output_that_cannot_be_written(script: ModuleType, folder: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("the user's")
+    with pytest.raises(UserError, match=r"output=.* cannot be written"):
+        make(script, folder, tmp_path / place)
+    assert (tmp_path / "file").read_text() == "the user's"
 
 
 def test_refusals(script: ModuleType, folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from data.synthetic import (
     Scene,
     check_colour,
     check_motion,
+    main,
     parse_caption,
     render_clip,
     write_world,
@@ -163,3 +164,35 @@ def test_write_world_is_deterministic(tmp_path: Path) -> None:
         write_world(tmp_path / "a", clips=1, images=0, size=32, frames=9, fps=8, seed=4)
     with pytest.raises(UserError, match="size=33 is odd"):
         write_world(tmp_path / "c", clips=1, images=0, size=33, frames=9, fps=8, seed=4)
+
+
+def test_a_world_is_written_beside_nothing_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "a.tmp").mkdir()
+    (tmp_path / "a.tmp/mine").write_text("mine")
+    main([f"out={tmp_path}/a", "clips=1", "images=0", "size=32", "frames=2", "workers=1"])
+    assert (tmp_path / "a.tmp/mine").read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "a.tmp"]  # nothing is left over
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "a.tmp").stat().st_mode
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, message in (("a.tmp/mine/x", "cannot be written"), ("a.tmp/mine", "exists"), ("link", "exists")):
+        with pytest.raises(UserError, match=f"out=.*{place} {message}"):
+            main([f"out={tmp_path}/{place}", "clips=1", "images=0"])
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["seed=-1"], "seed=-1"),
+        (["clips=-1"], "clips=-1"),
+        (["images=-1"], "images=-1"),
+        (["clips=0", "images=0"], "clips=0 images=0"),
+        (["frames=1", "clips=2", "images=2"], "frames=1"),
+        (["fps=.inf"], "fps=inf"),
+        (["fps=1e-9"], "fps=1e-9"),
+        (["size=0"], "size=0"),
+    ],
+)
+def test_worlds_that_cannot_be(tmp_path: Path, words: list[str], key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        main([f"out={tmp_path}/world", *words])
+    assert not list(tmp_path.iterdir())
