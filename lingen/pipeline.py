@@ -45,14 +45,21 @@ class LinGenPipeline:
         ``autoencoder`` names the autoencoder's file where it is no longer where the run found it.
 
         Raises:
-            UserError: nothing that can be loaded is there, or it is incomplete.
+            UserError: there is no such device; nothing that can be loaded is there, or it is incomplete; the
+                autoencoder is not the one that the weights were trained with.
         """
+        place = _device(device)
         trained = load_trained(Path(path))
         config = trained.config
         if autoencoder is not None:
             moved = config.autoencoder.model_copy(update={"path": autoencoder})
             config = config.model_copy(update={"autoencoder": moved})
-        place = torch.device(device)
+        latents = load_autoencoder(config.autoencoder, place)
+        if latents.fingerprint != trained.autoencoder_fingerprint:
+            raise UserError(
+                f"autoencoder.path={config.autoencoder.path} holds another autoencoder than the one that {path} was "
+                "trained with; name that one's file (autoencoder=FILE)"
+            )
         text = load_text_encoder(config.text, place)
         with torch.device("meta"):
             model = make_model(config, text_dim=text.dim)
@@ -61,14 +68,7 @@ class LinGenPipeline:
         except RuntimeError as error:
             raise UserError(f"{path}: the weights do not fit the config beside them: {error}") from error
         (stage,) = config.stages.values()
-        return cls(
-            config,
-            stage,
-            model.to(place).eval(),
-            load_autoencoder(config.autoencoder, place),
-            text,
-            place,
-        )
+        return cls(config, stage, model.to(place).eval(), latents, text, place)
 
     def untrained(self) -> LinGenPipeline:
         """The same with freshly initialized weights: what training is measured against."""
@@ -76,42 +76,53 @@ class LinGenPipeline:
         model = make_model(self.config, text_dim=self.text.dim)
         return replace(self, model=model.to(self.device).eval())
 
-    def default_shape(self) -> BucketConfig:
-        """The largest bucket of the last stage."""
-        return max(self.stage.buckets, key=lambda b: b.frames * b.height * b.width)
+    def shape(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> BucketConfig:
+        """The shape of a video; what is None comes from the largest bucket of the last stage.
+
+        Raises:
+            UserError: the autoencoder or the patching cannot take it.
+        """
+        largest = max(self.stage.buckets, key=lambda b: b.frames * b.height * b.width)
+        asked = {"frames": frames, "height": height, "width": width}
+        shape = largest.model_copy(update={key: value for key, value in asked.items() if value is not None})
+        for problem in geometry_problems(self.config, shape):
+            raise UserError(problem)
+        return shape
 
     @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[str],
         *,
-        frames: int,
-        height: int,
-        width: int,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         seeds: Sequence[int] = (0,),
         progress: bool = True,
     ) -> torch.Tensor:
-        """Sample one video a prompt; the video of a prompt depends on its seed alone, not on its batch.
+        """Sample one video of ``shape(frames, height, width)`` a prompt; the video of a prompt depends on its seed
+        alone, not on its batch.
 
         ``seeds`` has one seed a prompt, or one for all. Returns (B, 3, F, H, W) uint8 on the CPU.
 
         Raises:
-            UserError: a shape that the autoencoder or the patching cannot take.
+            UserError: a shape that the autoencoder or the patching cannot take; not as many seeds as prompts.
         """
-        shape = BucketConfig(frames=frames, height=height, width=width, batch_size=1)
-        for problem in geometry_problems(self.config, shape):
-            raise UserError(problem)
+        shape = self.shape(frames, height, width)
+        if len(seeds) not in (1, len(prompts)):
+            raise UserError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one a prompt, or one for all")
         sampler = self.config.sampler
         scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
         negative = sampler.negative_prompt if negative_prompt is None else negative_prompt
         each = list(seeds) * len(prompts) if len(seeds) == 1 else list(seeds)
-        channels_first = (self.config.autoencoder.channels, *latent_shape(self.config, frames, height, width))
-        noise = torch.stack([torch.randn(channels_first, generator=generator("cpu", "sample", s)) for s in each])
+        size = shape.frames, shape.height, shape.width
+        latent = (self.config.autoencoder.channels, *latent_shape(self.config, *size))  # (C, T, h, w)
+        noise = torch.stack([torch.randn(latent, generator=generator("cpu", "sample", s)) for s in each])
         denoise = guided(self.model, self._encode(prompts), self._encode([negative] * len(prompts)), scale)
-        tokens = prod(token_grid(self.config, frames, height, width))
+        tokens = prod(token_grid(self.config, *size))
         shift = self.stage.timestep_shift or bucket_shift(tokens, self.config.flow)
         sigmas = sigma_schedule(sampler.steps if steps is None else steps, shift)
         walk = euler(denoise, noise.to(self.device), sigmas)
@@ -122,3 +133,11 @@ class LinGenPipeline:
     def _encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         states, mask = self.text.encode(list(captions))
         return states.to(self.device), mask.to(self.device)
+
+
+def _device(name: str) -> torch.device:
+    gpus = torch.cuda.device_count()
+    here = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    if name not in here:
+        raise UserError(f"device={name} is not to be seen here; give one of {', '.join(here)}")
+    return torch.device(name)

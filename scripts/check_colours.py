@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from lingen.compose import parse
-from lingen.errors import run_main
+from lingen.errors import UserError, run_main
+from lingen.output import make_folder
 
 
 class Words(BaseModel):
@@ -32,6 +33,7 @@ class Words(BaseModel):
     guidance_scale: float | None = Field(None, ge=1.0)
     seeds: PositiveInt = 4  # videos a colour
     batch: PositiveInt = 8
+    autoencoder: str | None = None  # where the autoencoder's file is now
 
 
 def main() -> None:
@@ -41,17 +43,20 @@ def main() -> None:
     from lingen.pipeline import LinGenPipeline
     from lingen.runfolder import write_aside
 
+    out = Path(words.out)
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; name a file such as {out / 'colours.json'}")
     asked = [(colour, SHAPES[seed % len(SHAPES)], seed) for colour, seed in product(COLORS, range(words.seeds))]
 
     def share(pipeline: LinGenPipeline) -> float:
-        shape, hits = pipeline.default_shape(), 0
+        hits = 0
         for at in range(0, len(asked), words.batch):
             part = asked[at : at + words.batch]
             videos = pipeline(
                 [f"a {colour} {form} moving left" for colour, form, _ in part],
-                frames=words.frames or shape.frames,
-                height=words.height or shape.height,
-                width=words.width or shape.width,
+                frames=shape.frames,
+                height=shape.height,
+                width=shape.width,
                 steps=words.steps,
                 guidance_scale=words.guidance_scale,
                 seeds=[seed for _, _, seed in part],
@@ -60,13 +65,15 @@ def main() -> None:
             hits += sum(check_colour(v.numpy(), c) for v, (c, _, _) in zip(videos, part, strict=True))
         return hits / len(asked)
 
-    trained = LinGenPipeline.from_pretrained(words.checkpoint)
+    trained = LinGenPipeline.from_pretrained(words.checkpoint, autoencoder=words.autoencoder)
+    shape = trained.shape(words.frames, words.height, words.width)
+    make_folder(out.parent, words.out)
     found = {"trained": share(trained), "untrained": share(trained.untrained()), "videos": len(asked)}
     print(
         f"the asked colour is on screen in {found['trained']:.0%} of {found['videos']} videos, "
         f"and in {found['untrained']:.0%} from the untrained model"
     )
-    write_aside(Path(words.out), json.dumps(found, indent=1) + "\n")
+    write_aside(out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lingen.comparison.read import load_runs
 from lingen.comparison.result import Result, as_json, measure
 from lingen.compose import parse
 from lingen.errors import UserError, run_main
+from lingen.output import make_folder, writing
 
 AxisName = Literal["samples", "tokens", "flops", "hours"]
 
@@ -41,10 +42,9 @@ def main() -> None:
     args = parse(CompareArgs, sys.argv[1:])
     if len(set(args.axes)) < len(args.axes):
         raise UserError(f"axes=[{','.join(args.axes)}] names an axis twice")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out} is a file; name a folder")
-    result = measure(load_runs(args.runs, args.labels), args.smoothing)
+    runs, out = load_runs(args.runs, args.labels), Path(args.out)
+    make_folder(out, args.out)
+    result = measure(runs, args.smoothing)
     axes = [str(axis) for axis in args.axes]
     figure = plot.loss_curves(result, axes, log=args.log)
     files = {
@@ -60,8 +60,7 @@ def main() -> None:
 
 def write_all(out: Path, files: dict[str, bytes]) -> None:
     """Each file is either the old one or the whole new one."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
         for name, content in files.items():
             aside = out / f".{name}.tmp"
             with aside.open("wb") as file:
@@ -69,8 +68,6 @@ def write_all(out: Path, files: dict[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(out / name)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written: {error.strerror}") from error
 
 
 def print_summary(result: Result) -> None:

@@ -26,6 +26,7 @@ from lingen.autoencoder import PcaAutoencoder, fit_pca, to_float
 from lingen.compose import parse
 from lingen.config import DataConfig
 from lingen.errors import UserError, run_main
+from lingen.output import make_folder, writing
 
 
 class FitConfig(BaseModel):
@@ -82,6 +83,10 @@ class Clips:
         chosen = np.random.default_rng(self._config.seed).permutation(rows)[:limit]
         return [(int(row), frames) for row in chosen]
 
+    def fitting(self, frames: int) -> int:
+        """How many samples can fill such a clip, held out or not."""
+        return len(self._rows[frames])
+
     def read(self, chosen: list[tuple[int, int]], what: str) -> Iterator[torch.Tensor]:
         """Each sample that decodes, uint8 (3, F, H, W), under a bar."""
         config = self._config
@@ -103,11 +108,19 @@ def main() -> None:
     torch.set_num_threads(1)  # the same bits whatever the number of cores; and cores that are busy would stall eigh
     clips = Clips(config)
     videos, images = (clips.choose(frames, config.clips, heldout=False) for frames in (config.frames, 1))
+    for frames, chosen in ((config.frames, videos), (1, videos + images)):
+        if clips.fitting(frames) and not chosen:
+            raise UserError(
+                f"holdout_share={config.holdout_share} holds out all {clips.fitting(frames)} samples of "
+                f"data={config.data} that can be fitted to; lower it"
+            )
     if not videos and (clips.index.frames > 1).any():
         footage = f"{(config.frames - 1) / config.fps:g} s of footage"
         raise UserError(
             f"frames={config.frames} at fps={config.fps:g} need {footage}, which no clip of data={config.data} has"
         )
+    out = Path(config.out)
+    make_folder(out.parent, config.out)
     tensors = fit_pca(
         _some(clips.read(videos + images, "fitting"), clips.bad),
         channels=config.channels,
@@ -116,8 +129,8 @@ def main() -> None:
         image_share=config.image_share,
     )
     autoencoder = PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], "cpu")
-    chosen = (clips.choose(frames, config.heldout, heldout=True) for frames in (config.frames, 1))
-    video_psnr, image_psnr = (psnr(autoencoder, clips.read(rows, "measuring")) for rows in chosen)
+    heldout = (clips.choose(frames, config.heldout, heldout=True) for frames in (config.frames, 1))
+    video_psnr, image_psnr = (psnr(autoencoder, clips.read(rows, "measuring")) for rows in heldout)
     metadata = {
         "kind": "pca",
         "channels": str(config.channels),
@@ -126,9 +139,8 @@ def main() -> None:
         "psnr": f"{video_psnr:.3f}",  # nan: there was nothing to measure it on
         "image_psnr": f"{image_psnr:.3f}",
     }
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, save(tensors, metadata))
+    with writing(config.out):
+        write_file(out, save(tensors, metadata))
     if clips.bad:
         print("left out: " + ", ".join(f"{count} ({reason})" for reason, count in clips.bad.most_common()))
     shape = f"{config.frames}x{config.height}x{config.width}"

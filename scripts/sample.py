@@ -1,19 +1,24 @@
 """Sample a video: ``python scripts/sample.py checkpoint=DIR prompt="a red circle moving left" out=DIR``.
 
 ``checkpoint`` is an export, a run folder (its last finished stage), or a checkpoint; the EMA weights are used. Writes
-NAME.mp4 and NAME.png, a contact sheet, for each seed.
+NAME.mp4 and NAME.png, a contact sheet, for each seed; NAME is the prompt in plain characters and the seed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from lingen.compose import parse
-from lingen.errors import UserError, run_main
+from lingen.errors import run_main
+from lingen.output import make_folder, writing
+
+NAME_LENGTH = 60
 
 
 class Words(BaseModel):
@@ -37,40 +42,44 @@ class Words(BaseModel):
 
 
 def file_name(prompt: str, seed: int) -> str:
-    """A plain name out of a prompt: no path can leave the output folder."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "video"
-    return f"{words}-{seed}"
+    """A plain name out of a prompt: no path can leave the output folder.
+
+    Where more than punctuation is lost, a hash of the prompt keeps it apart from others that look alike without it.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    foreign = any(not c.isascii() and unicodedata.category(c)[0] not in "PZ" for c in prompt)  # punctuation, spaces
+    parts = [words[:NAME_LENGTH].rstrip("-") or "video", str(seed)]
+    if foreign or len(words) > NAME_LENGTH:
+        parts.insert(1, hashlib.sha256(prompt.encode()).hexdigest()[:6])
+    return "-".join(parts)
 
 
 def main() -> None:
     """Load, sample, write."""
     words = parse(Words, sys.argv[1:])
-    import torch
-
     from data.encode import write_contact_sheet, write_mp4
     from lingen.pipeline import LinGenPipeline
 
-    if words.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={words.device}: no GPU is to be seen here; device=cpu")
     pipeline = LinGenPipeline.from_pretrained(words.checkpoint, device=words.device, autoencoder=words.autoencoder)
-    shape = pipeline.default_shape()
+    shape = pipeline.shape(words.frames, words.height, words.width)
+    out = Path(words.out)
+    make_folder(out, words.out)
     seeds = list(range(words.seed, words.seed + words.count))
     videos = pipeline(
         [words.prompt] * words.count,
-        frames=words.frames or shape.frames,
-        height=words.height or shape.height,
-        width=words.width or shape.width,
+        frames=shape.frames,
+        height=shape.height,
+        width=shape.width,
         steps=words.steps,
         guidance_scale=words.guidance_scale,
         negative_prompt=words.negative_prompt,
         seeds=seeds,
     )  # (B, 3, F, H, W)
-    out = Path(words.out)
-    out.mkdir(parents=True, exist_ok=True)
     for seed, video in zip(seeds, videos, strict=True):
         name = out / file_name(words.prompt, seed)
-        write_mp4(name.with_suffix(".mp4"), video, fps=pipeline.stage.fps)
-        write_contact_sheet(name.with_suffix(".png"), video)
+        with writing(words.out):
+            write_mp4(name.with_suffix(".mp4"), video, fps=pipeline.stage.fps)
+            write_contact_sheet(name.with_suffix(".png"), video)
         print(f"{name}.mp4 {name}.png")
 
 

@@ -16,7 +16,7 @@ import pytest
 # fmt: off
 ROWS = (
     ("lingen.errors", "lingen.config", "lingen.compose"),
-    ("lingen.curriculum", "lingen.dist", "lingen.runfolder"),
+    ("lingen.curriculum", "lingen.dist", "lingen.output", "lingen.runfolder"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
     ("lingen.autoencoder", "lingen.text"),

@@ -69,6 +69,10 @@ def test_it_fits_measures_and_writes(shards: Path, tmp_path: Path) -> None:
         (("channels=8", "time=4", "frames=17"), "frames=17 at fps=8 need 2 s of footage, which no clip"),
         (("frames=16",), "frames=16 must be 8*k + 1"),
         (("height=60",), "height=60 must be a multiple of space=8"),
+        (
+            ("holdout_share=0.99999", "channels=8", "time=4", "frames=9"),
+            "holdout_share=0.99999 holds out all 40 samples",
+        ),
         (("chanels=8",), "unknown key 'chanels'; did you mean 'channels'?"),
     ],
 )
@@ -83,3 +87,19 @@ def test_shards_without_a_good_sample_are_refused(tmp_path: Path) -> None:
     write_shards((_record(i, np.random.default_rng(i).bytes(500)) for i in range(3)), tmp_path / "shards")
     done = _fit(f"data={tmp_path / 'shards'}", f"out={tmp_path / 'ae.safetensors'}", *SMALL)
     assert done.returncode == 2 and "there is nothing to fit to (" in done.stderr
+
+
+def test_an_out_that_cannot_be_written_is_named_before_the_fit(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file" / "ae.safetensors", Path("/proc/nowhere/ae.safetensors")):
+        done = _fit(f"data={shards}", f"out={out}", *SMALL)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: out={out} cannot be written: ")
+        assert "fitting" not in done.stdout + done.stderr  # its bar
+
+
+def test_images_that_are_all_held_out_are_said(tmp_path: Path) -> None:
+    info = ClipInfo(frames=1, fps=0.0, height=32, width=32)
+    images = (Record(f"image-{i}", "an image", b"-", "png", info, ("txt", b"an image")) for i in range(5))
+    write_shards(images, tmp_path / "shards")
+    done = _fit(f"data={tmp_path / 'shards'}", f"out={tmp_path / 'ae'}", *SMALL[:-1], "holdout_share=0.99999")
+    assert done.returncode == 2 and "holdout_share=0.99999 holds out all 5 samples" in done.stderr

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +95,8 @@ def test_the_untrained_model_is_another(pipeline: LinGenPipeline) -> None:
         (["checkpoint=/nowhere"], ["/nowhere", "neither an export"]),
         (["autoencoder=/nowhere"], ["/nowhere", "does not exist"]),
         (["promt=a"], ["did you mean 'prompt'"]),
-        (["device=cuda"], ["device=cuda"]),
+        (["device=gpu"], ["device=gpu", "cpu"]),
+        (["out=/proc/nowhere"], ["out=/proc/nowhere cannot be written"]),
     ],
 )
 def test_bad_words_are_one_line(words: list[str], parts: list[str], run: Path, python: Any, tmp_path: Path) -> None:
@@ -111,3 +116,63 @@ def test_a_half_written_export_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="incomplete"):
         LinGenPipeline.from_pretrained(tmp_path)
+
+
+def test_prompts_that_lose_more_than_punctuation_keep_names_of_their_own() -> None:
+    name = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sample.py"))["file_name"]
+    assert name("A red circle: ../../moving, left\n—", 0) == "a-red-circle-moving-left-0"
+    assert name("?!", -3) == "video--3" and name("a" * 60, 1) == "a" * 60 + "-1"
+    long = "a red circle moving left over a blue square that moves right, "
+    lossy = ["日本語", "красный круг", "a 🔴", "a 🔵", "über", "a ber", long + "x", long + "y"]
+    names = [name(prompt, 7) for prompt in lossy]
+    assert len(set(names)) == len(lossy)
+    assert all(re.fullmatch(r"[a-z0-9-]{1,60}(-[0-9a-f]{6})?-7", found) for found in names)
+    assert re.fullmatch("video-[0-9a-f]{6}-7", names[0])
+
+
+def test_an_out_that_cannot_be_written_is_named_before_sampling(run: Path, python: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    words = [f"checkpoint={run}", "steps=100000"]  # would take hours
+    for script, out in (
+        (["scripts/sample.py", "prompt=x"], tmp_path / "file"),
+        (["scripts/check_colours.py"], tmp_path / "file" / "x.json"),
+        (["scripts/check_colours.py"], tmp_path),
+    ):
+        done = python(*script, *words, f"out={out}")
+        assert done.returncode == 2 and done.stderr.startswith(f"error: out={out} "), done.stderr
+        assert done.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_colours_are_judged_with_the_autoencoder_that_is_named(
+    run: Path, world: Any, python: Any, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(world.autoencoder, moved)
+    out = tmp_path / "new" / "colours.json"
+    words = ["scripts/check_colours.py", f"checkpoint={run}", f"out={out}", "seeds=1", "batch=3", "steps=1", "frames=1"]
+    missing = python(*words, "autoencoder=nowhere")
+    assert missing.returncode == 2 and "autoencoder.path=nowhere does not exist" in missing.stderr
+    assert not out.parent.exists()
+    done = python(*words, f"autoencoder={moved}")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(out.read_text())) == {"trained", "untrained", "videos"}
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:-1", "mps", "meta", "cpu:0", ""])
+def test_a_device_that_is_not_here_is_refused(device: str, run: Path) -> None:
+    with pytest.raises(UserError, match=f"device={device} is not to be seen here; give one of cpu"):
+        LinGenPipeline.from_pretrained(run, device=device)
+
+
+def test_as_many_seeds_as_prompts(pipeline: LinGenPipeline) -> None:
+    with pytest.raises(UserError, match="seeds: 2 for 3 prompts"):
+        pipeline(["a", "b", "c"], seeds=[1, 2])
+
+
+def test_another_autoencoder_is_refused(run: Path, world: Any, python: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    done = python("scripts/fit_autoencoder.py", f"data={world.shards}", f"out={other}", "clips=8")
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(UserError, match=f"autoencoder.path={other} holds another autoencoder"):
+        LinGenPipeline.from_pretrained(run, autoencoder=str(other))
