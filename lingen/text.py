@@ -87,7 +87,7 @@ def load_text_encoder(config: TextConfig, device: torch.device | str) -> Hugging
 
     Raises:
         UserError: it cannot be found or loaded, its width is not ``text.dim``, it cannot take ``text.length`` tokens,
-            or it gives no token for the empty caption.
+            it gives no token for the empty caption, or ``text.length`` leaves a caption none.
     """
     model, tokenizer = _load(config.path, _resolve(config.path))
     width, positions = model.config.hidden_size, getattr(model.config, "max_position_embeddings", None)
@@ -99,10 +99,16 @@ def load_text_encoder(config: TextConfig, device: torch.device | str) -> Hugging
         raise UserError(
             f"text.length={config.length}: the encoder text.path={config.path} takes {positions} tokens at most"
         )
-    if not tokenizer("", truncation=True, max_length=config.length)["input_ids"]:
+    around = len(tokenizer("")["input_ids"])  # begin and end tokens, which the tokenizer never cuts
+    if not around:
         raise UserError(
             f"text.path={config.path}: its tokenizer gives no token for the empty caption, which guidance needs; "
             "name an encoder whose tokenizer adds a begin or end token"
+        )
+    if config.length <= around:
+        raise UserError(
+            f"text.length={config.length} leaves no token for a caption: the tokenizer of text.path={config.path} adds "
+            f"{around} to each; set text.length={around + 1} or more"
         )
     model.to(device).eval().requires_grad_(False)
     return HuggingFaceEncoder(model, tokenizer, length=config.length, cache=config.cache)

@@ -132,6 +132,19 @@ def test_a_length_beyond_the_positions_is_refused(tmp_path: Path) -> None:
         load_text_encoder(TextConfig(path=str(tmp_path), dim=8, length=17), "cpu")
 
 
+def test_a_length_that_leaves_a_caption_no_token_is_refused(t5: Path) -> None:
+    with pytest.raises(UserError, match=r"text.length=1 leaves no token .* adds 1 to each; set text.length=2 or more"):
+        _encoder(t5, length=1)
+    assert _encoder(t5, length=2).encode(CAPTIONS)[1].sum(1).tolist() == [2, 1, 2, 2]
+
+
+@needs_minilm
+def test_the_least_length_of_minilm_counts_both_its_ends() -> None:
+    with pytest.raises(UserError, match=r"text.length=2 .* set text.length=3 or more"):
+        load_text_encoder(TextConfig(path="minilm", length=2), "cpu")
+    assert load_text_encoder(TextConfig(path="minilm", length=3), "cpu").encode(CAPTIONS)[0].shape == (4, 3, 384)
+
+
 def test_broken_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         _encoder(tmp_path)  # empty
