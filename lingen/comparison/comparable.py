@@ -51,6 +51,11 @@ def notes(runs: list[Run]) -> list[str]:
                 f"{run.label} begins at {run.stages[0].name}, from {run.stages[0].source} of another run folder: "
                 "the level before that transfer is not known here."
             )
+        found += [
+            f"{run.label} has no loss of bucket {bucket} in some validations of {stage.name}: it has no curve."
+            for stage in run.stages
+            for bucket in stage.partial_buckets
+        ]
     first = runs[0]
     for other in runs[1:]:
         paths = [*RECIPE, *(f"stages.{name}.{key}" for name in _shared(first, other) for key in RECIPE_OF_STAGE)]
@@ -102,10 +107,10 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` with its stages by name, and one sorted line for the shapes and one for the batch sizes of a stage."""
     stages = {}
     for name, stage in planned_stages(config).items():
-        buckets = [b for b in stage.get("buckets", []) if isinstance(b, dict)]
-        shapes = [f"{b.get('frames')}x{b.get('height')}x{b.get('width')}" for b in buckets]
+        buckets = stage["buckets"]
+        shapes = [f"{b['frames']}x{b['height']}x{b['width']}" for b in buckets]
         shares = [f"{shape} (share {b.get('share', 1.0)})" for shape, b in zip(shapes, buckets, strict=True)]
-        batches = [f"{shape}: {b.get('batch_size')}" for shape, b in zip(shapes, buckets, strict=True)]
+        batches = [f"{shape}: {b['batch_size']}" for shape, b in zip(shapes, buckets, strict=True)]
         lines = {"buckets": ", ".join(sorted(shares)), "batch_size": ", ".join(sorted(batches))}
         stages[name] = {**stage, **lines}
     return {**config, "stages": stages}

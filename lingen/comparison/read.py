@@ -10,16 +10,55 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from lingen.comparison.curves import AXES, Curve
+from lingen.compose import validate
 from lingen.errors import UserError
 from lingen.metrics import Record, read_metrics
 
 MODEL_NAMES = {"lingen": "LinGen", "dit": "DiT"}
+
+
+class Part(BaseModel):
+    """Of config.yaml, what a comparison reads; the rest may come from another version of the schema."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class ModelPart(Part):
+    """Which model it is."""
+
+    name: str
+
+
+class BucketPart(Part):
+    """A shape that was trained on and validated."""
+
+    frames: int
+    height: int
+    width: int
+    batch_size: int
+    share: float = 1.0
+
+
+class StagePart(Part):
+    """What was planned of a stage."""
+
+    name: str
+    samples: int
+    buckets: list[BucketPart]
+
+
+class ConfigPart(Part):
+    """The root."""
+
+    model: ModelPart
+    stages: dict[str, StagePart]
 
 
 @dataclass(frozen=True)
@@ -30,7 +69,8 @@ class Stage:
     start: dict[str, float]  # axis -> count at the transfer into the stage
     train: Curve
     validation: Curve
-    buckets: dict[str, Curve]  # validation loss of each bucket, e.g. "17x64x64"
+    buckets: dict[str, Curve]  # validation loss of each bucket that every validation measured, e.g. "17x64x64"
+    partial_buckets: list[str]  # those that some validation did not measure
     bins: list[Curve]  # validation loss of each timestep bin, low sigma to high
     complete: bool  # the stage came to its end
     source: str | None  # the stage it was transferred from, if any
@@ -71,9 +111,7 @@ class Run:
 
 def planned_stages(config: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Stage name -> its section of config.yaml."""
-    stages = (config or {}).get("stages")
-    sections = [s for s in stages.values() if isinstance(s, dict)] if isinstance(stages, dict) else []
-    return {str(section.get("name")): section for section in sections}
+    return {section["name"]: section for section in config["stages"].values()} if config else {}
 
 
 def load_runs(folders: Sequence[str], labels: Sequence[str] | None) -> list[Run]:
@@ -98,34 +136,37 @@ def _load(path: Path, config: dict[str, Any] | None, label: str) -> Run:
     records = _read_records(path)
     if not any(r["kind"] == "train" for r in records):
         raise UserError(f"runs: {path / 'metrics.jsonl'} has no train records yet")
-    finite = [r for r in records if r["kind"] == "transfer" or _is_finite(r["loss"])]
     names = list(dict.fromkeys(r["stage"] for r in records))
     stages: list[Stage] = []
     start = dict.fromkeys(AXES, 0.0)
     for name in names:
-        mine = [r for r in finite if r["stage"] == name]
+        mine = [r for r in records if r["stage"] == name]
         start = _start(mine, start)
         ended = name != names[-1] or _reached_its_samples(name, mine, start, config)
         stages.append(_stage(name, mine, start, ended=ended))
         start = stages[-1].end
-    return Run(label, path, config, stages, dropped=len(records) - len(finite))
+    return Run(label, path, config, stages, dropped=sum(not _is_measured(r) for r in records))
 
 
 def _stage(name: str, records: list[Record], start: dict[str, float], *, ended: bool) -> Stage:
+    ended = ended or any(r.get("at") == "end" for r in records if r["kind"] == "validation")
+    records = [r for r in records if _is_measured(r)]
     train = [r for r in records if r["kind"] == "train"]
     transfer = next((r for r in reversed(records) if r["kind"] == "transfer"), {})
     held_out = [r for r in records if r["kind"] == "validation"]
-    in_all = [set(r.get("bucket_loss", {})) for r in held_out]
-    buckets = [b for b in (held_out[0].get("bucket_loss", {}) if held_out else {}) if all(b in keys for keys in in_all)]
+    by_bucket = [{b: x for b, x in r.get("bucket_loss", {}).items() if _is_finite(x)} for r in held_out]
+    names = list(dict.fromkeys(b for r in held_out for b in r.get("bucket_loss", {})))
+    buckets = [b for b in names if all(b in losses for losses in by_bucket)]
     bins = min((len(r.get("bin_loss", [])) for r in held_out), default=0)
     return Stage(
         name=name,
         start=start,
         train=_curve(train, [r["loss"] for r in train]),
         validation=_curve(held_out, [r["loss"] for r in held_out]),
-        buckets={b: _curve(held_out, [r["bucket_loss"][b] for r in held_out]) for b in buckets},
+        buckets={b: _curve(held_out, [losses[b] for losses in by_bucket]) for b in buckets},
+        partial_buckets=[b for b in names if b not in buckets],
         bins=[_curve(held_out, [r["bin_loss"][i] for r in held_out]) for i in range(bins)],
-        complete=ended or any(r.get("at") == "end" for r in held_out),
+        complete=ended,
         source=transfer.get("from"),
         fingerprints={key: str(value) for key, value in transfer.items() if key.endswith("_fingerprint")},
     )
@@ -146,11 +187,9 @@ def _reached_its_samples(
     name: str, records: list[Record], start: dict[str, float], config: dict[str, Any] | None
 ) -> bool:
     """Whether config.yaml's number of samples of the stage was seen (a run without validation has no "end" record)."""
-    planned = planned_stages(config).get(name, {}).get("samples")
+    planned = planned_stages(config).get(name)
     seen = [r["samples"] for r in records if r["kind"] == "train"]
-    if planned is None or not seen:
-        return False
-    return bool(seen[-1] - start["samples"] >= planned)
+    return bool(planned and seen and seen[-1] - start["samples"] >= planned["samples"])
 
 
 def _read_records(path: Path) -> list[Record]:
@@ -164,19 +203,39 @@ def _read_records(path: Path) -> list[Record]:
     for number, record in enumerate(read_metrics(file), 1):
         if record["kind"] not in ("train", "validation", "transfer"):
             continue
-        needed = ("stage", *AXES) if record["kind"] == "transfer" else ("stage", "loss", *AXES)
-        missing = [key for key in needed if key not in record]
-        odd = [axis for axis in AXES if axis in record and not _is_finite(record[axis])]
-        if missing or odd:
+        odd = _odd_keys(record)
+        if odd:
             raise UserError(
-                f"runs: {file}, record {number} lacks {', '.join(missing + odd)}; is it a metrics.jsonl of train.py?"
+                f"runs: {file}, record {number} has no usable {', '.join(odd)}; is it a metrics.jsonl of train.py?"
             )
-        records.append(record | {"stage": str(record["stage"])})
+        records.append(record)
     return records
 
 
-def _is_finite(loss: Any) -> bool:
-    return isinstance(loss, (int, float)) and math.isfinite(loss)
+def _odd_keys(record: Record) -> list[str]:
+    """The keys that are missing, or hold what train.py never writes."""
+    axes = {axis: _is_finite(record.get(axis)) for axis in AXES}
+    good = {"stage": isinstance(record.get("stage"), str), **axes}
+    if record["kind"] != "transfer":
+        good["loss"] = _is_loss(record.get("loss", ""))
+        buckets, bins = record.get("bucket_loss", {}), record.get("bin_loss", [])
+        good["bucket_loss"] = isinstance(buckets, dict) and all(map(_is_loss, buckets.values()))
+        good["bin_loss"] = isinstance(bins, list) and all(map(_is_loss, bins))
+    return [key for key, is_good in good.items() if not is_good]
+
+
+def _is_loss(value: Any) -> bool:
+    """A number, or None in the place of one that is not finite: JSON has none of those."""
+    return value is None or isinstance(value, (int, float))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_measured(record: Record) -> bool:
+    """Whether the losses are finite. A bucket may be without one of its own: it is then left out of the buckets."""
+    return record["kind"] == "transfer" or all(map(_is_finite, (record["loss"], *record.get("bin_loss", []))))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
@@ -184,15 +243,20 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}  # None: an empty file
+        validate(ConfigPart, tree)
+    except OSError as error:
+        raise UserError(f"runs: {file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or what looks like a date and is none
         raise UserError(f"runs: {file} is not YAML ({error})") from error
-    return tree if isinstance(tree, dict) else None
+    except UserError as error:
+        raise UserError(f"runs: {file}: {error}") from error
+    return cast("dict[str, Any]", tree)
 
 
 def _default_labels(paths: list[Path], configs: list[dict[str, Any] | None]) -> list[str]:
-    models = [config.get("model", {}).get("name") if config else None for config in configs]
-    for names in ([MODEL_NAMES.get(str(m), str(m)) for m in models], [p.resolve().name for p in paths]):
-        if len(set(names)) == len(names) and "None" not in names:
+    models = [config["model"]["name"] for config in configs if config]
+    for names in ([MODEL_NAMES.get(m, m) for m in models], [p.resolve().name for p in paths]):
+        if len(set(names)) == len(paths):
             return names
     return [str(p) for p in paths]

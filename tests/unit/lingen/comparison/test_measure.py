@@ -167,7 +167,11 @@ def test_wobble_sees_scatter_and_not_the_trend() -> None:
 
 
 def test_a_run_in_progress_is_compared_as_far_as_it_is(tmp_path: Path) -> None:
-    plan = {"stages": {name: {"name": name, "samples": 100, "buckets": []} for name in ("image", "video", "long")}}
+    model = {"name": "dit"}
+    plan = {
+        "model": model,
+        "stages": {name: {"name": name, "samples": 100, "buckets": []} for name in ("image", "video", "long")},
+    }
     ahead = write_run(tmp_path / "ahead", two_stages(LINGEN), config=plan)
     behind = write_run(tmp_path / "behind", two_stages(DIT)[:1], config=plan)
     result = measure(load_runs([str(ahead), str(behind)], None), 2)
@@ -277,7 +281,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         ([str(tmp_path / "none")], None, "is not a folder"),
         ([str(tmp_path / "empty")], None, "no metrics.jsonl"),
         ([str(bare)], None, "no train records"),
-        ([str(broken)], None, "lacks samples, tokens, flops, hours"),
+        ([str(broken)], None, "record 1 has no usable samples, tokens, flops, hours"),
         ([str(good), str(good / ".." / "good")], None, "names a folder twice"),
         ([str(good)], ["a", "b"], "must be 1 different names"),
         ([], None, "runs is empty"),
