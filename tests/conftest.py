@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # One thread a process: tests run beside each other, and a sum has one order.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+os.environ.update(OMP_NUM_THREADS="1")  # for this process too, whose torch is imported later
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
