@@ -38,12 +38,13 @@ def write_mp4(path: Path, video: torch.Tensor, *, fps: float) -> None:
     _write_aside(path, encode_mp4(video.permute(1, 2, 3, 0).contiguous().numpy(), fps))
 
 
-def write_contact_sheet(path: Path, video: torch.Tensor, *, most: int = 16) -> None:
-    """Write at most ``most`` evenly spaced frames of (3, F, H, W) uint8, in reading order, as one PNG."""
+def write_contact_sheet(path: Path, video: torch.Tensor, *, most: int = 16, columns: int | None = None) -> None:
+    """Write at most ``most`` evenly spaced frames of (3, F, H, W) uint8, in reading order, as one PNG of rows of
+    ``columns`` frames (default: about square)."""
     frames = video.permute(1, 2, 3, 0).numpy()  # (F, H, W, 3)
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))]
     sheet = io.BytesIO()
-    Image.fromarray(tile_frames(chosen)).save(sheet, format="png")
+    Image.fromarray(tile_frames(chosen, columns)).save(sheet, format="png")
     _write_aside(path, sheet.getvalue())
 
 

@@ -171,6 +171,19 @@ def show(out: Path) -> None:
     )
 
 
+def draw_samples(out: Path) -> None:
+    """report/samples.png: a row for each sampled video, LinGen's above DiT's, two frames a second."""
+    import torch  # takes a second
+
+    from data.decode import decode_clip
+    from data.encode import write_contact_sheet
+
+    videos = [path for model in MODELS for path in sorted((out / model / "samples").glob("*.mp4"))]
+    rows = [decode_clip(path.read_bytes(), frames=9, height=128, width=128, fps=2, start=0) for path in videos]
+    frames = torch.cat(rows, dim=1)  # (3, videos * 9, 128, 128)
+    write_contact_sheet(out / "report" / "samples.png", frames, most=frames.shape[1], columns=9)
+
+
 def main() -> None:
     """Prepare, train, show; the paths come last."""
     words = parse(Words, sys.argv[1:])
@@ -180,6 +193,7 @@ def main() -> None:
     prepare(words, out)
     train(words, out)
     show(out)
+    draw_samples(out)
     print(f"\nThe demo took {(time.perf_counter() - began) / 60:.1f} minutes.")
     for model in MODELS:
         found = json.loads((out / model / "colours.json").read_text())
@@ -189,6 +203,7 @@ def main() -> None:
         )
     for model in MODELS:
         print(*sorted((out / model / "samples").iterdir()), sep="\n")
+    print(out / "report" / "samples.png")
     for model in MODELS:
         print(out / model)
     for name in ("loss_curves.png", "report.html", "compare.json"):

@@ -62,7 +62,7 @@ def test_the_demo_leaves_what_it_says_and_does_nothing_twice(python: Any, tmp_pa
         str(tmp_path / "demo" / "dit"),
         *(str(report / name) for name in ("loss_curves.png", "report.html", "compare.json")),
     ]
-    assert all(Path(line).exists() for line in last)
+    assert all(Path(line).exists() for line in [*last, report / "samples.png"])
     assert "lingen: the asked colour is on screen in" in first.stdout and "dit: the asked" in first.stdout
     metrics = (tmp_path / "demo" / "dit" / "metrics.jsonl").read_bytes()
     second = python(*words)
