@@ -96,6 +96,16 @@ def test_a_curriculum_leaves_what_others_rely_on(undisturbed: Path) -> None:
     assert first["from"] is None and second["from"] == "demo_image" and Path(second["checkpoint"]).is_dir()
 
 
+def test_losses_are_those_of_yesterday(undisturbed: Path) -> None:
+    """Golden losses and gradient norms of every step: what changes them should be meant. Half a percent leaves room for
+    another processor's rounding; tests/golden/losses.json is rewritten from metrics.jsonl when a change is meant."""
+    golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())[undisturbed.name]
+    found = [[loss, norm] for _, _, loss, norm in losses(undisturbed)]
+    assert len(found) == len(golden)
+    for step, (here, there) in enumerate(zip(found, golden, strict=True), 1):
+        assert here == pytest.approx(there, rel=5e-3), f"step {step}"
+
+
 def test_the_model_learns(undisturbed: Path) -> None:
     validation = [r["loss"] for r in records(undisturbed, "validation") if r["stage"] == "demo_image"]
     assert validation[-1] < validation[0]
