@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -10,61 +9,21 @@ import random
 import signal
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import data.pipeline
 from data.batch import Batch, Bucket
 from data.buckets import epoch_order, split, stream_seed
-from data.decode import probe
-from data.encode import encode_mp4
 from data.pipeline import Position, StageLoader, check_buckets, rank_slices
-from data.shards import Index, Record, load_index, write_shards
+from data.shards import Index, load_index, read_member
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 
-IMAGES, CLIPS = 41, 23
-
-
-def record(key: str, media: bytes, suffix: str) -> Record:
-    return Record(key, f"caption of {key}", media, suffix, probe(media), ("txt", b"caption"))
-
-
-def image(level: int) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(stream, "png")
-    return stream.getvalue()
-
-
-def clip(seed: int) -> bytes:
-    """Twelve frames whose brightness rises, so that the pixels tell where the window lay."""
-    rising = (20 * np.arange(12) + seed).astype(np.uint8)[:, None, None, None]
-    return encode_mp4(np.ascontiguousarray(np.broadcast_to(rising, (12, 16, 16, 3))), 8.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("loader") / "shards"
-    records = [record(f"image-{n}", image(n), "png") for n in range(IMAGES)]
-    records += [record(f"clip-{n}", clip(n), "mp4") for n in range(CLIPS)]
-    random.Random(0).shuffle(records)
-    write_shards(records, out, samples_per_shard=6)
-    return out
-
-
-@pytest.fixture
-def index(folder: Path) -> Index:
-    return load_index(folder)
-
-
-def config(folder: Path, **changes: object) -> DataConfig:
-    return DataConfig.model_validate(
-        {"path": str(folder), "workers": 0, "window_shards": 3, "holdout_share": 0.1, "prefetch": 2} | changes
-    )
+MakeConfig = Callable[..., DataConfig]
 
 
 def make_stage(*, samples: int = 10_000, images: int = 24, clips: int = 12, name: str = "stage") -> StageConfig:
@@ -139,9 +98,9 @@ def merge(batches: list[Batch]) -> Step:
     return [rows[at] for at in sorted(rows)]
 
 
-def test_kills_with_changing_worlds_workers_and_accumulation(index: Index, folder: Path) -> None:
+def test_kills_with_changing_worlds_workers_and_accumulation(index: Index, data_config: MakeConfig) -> None:
     stage, total = make_stage(), 30
-    reference, _ = run_world(index, stage, config(folder), Position(), steps=total)
+    reference, _ = run_world(index, stage, data_config(), Position(), steps=total)
     chance = random.Random(1)
     done: list[Step] = []
     position, lives = Position(), 0
@@ -152,7 +111,7 @@ def test_kills_with_changing_worlds_workers_and_accumulation(index: Index, folde
         more, position = run_world(
             index,
             stage,
-            config(folder, workers=workers),
+            data_config(workers=workers),
             position,
             steps=steps,
             world=world,
@@ -164,8 +123,8 @@ def test_kills_with_changing_worlds_workers_and_accumulation(index: Index, folde
     assert position.step == total
 
 
-def test_every_epoch_has_every_sample_once_in_the_published_order(index: Index, folder: Path) -> None:
-    stage, data = make_stage(), config(folder)
+def test_every_epoch_has_every_sample_once_in_the_published_order(index: Index, data_config: MakeConfig) -> None:
+    stage, data = make_stage(), data_config()
     steps, _ = run_world(index, stage, data, Position(), steps=30)
     streams: dict[str, list[str]] = defaultdict(list)
     for step in steps:
@@ -183,31 +142,37 @@ def test_every_epoch_has_every_sample_once_in_the_published_order(index: Index, 
             assert len(set(got)) == len(members)
 
 
-def test_shares_of_steps_and_end_of_stage(index: Index, folder: Path) -> None:
+def test_shares_of_steps_and_end_of_stage(index: Index, data_config: MakeConfig) -> None:
     stage = make_stage(samples=24 * 4 + 12 * 2)
-    loader = make_loader(index, stage, config(folder))
+    loader = make_loader(index, stage, data_config())
     counts = Counter(str(batches[0].bucket) for batches in loader)
     assert counts == {"1x8x8": 4, "5x8x8": 2}
     assert loader.position.consumed == {"1x8x8": 96, "5x8x8": 24}
     assert list(loader) == []  # finished
 
 
-def test_resuming_far_on_reads_nothing_before(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_far_on_reads_nothing_before(
+    index: Index, data_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = []
-    real = data.pipeline.read_member
-    monkeypatch.setattr(data.pipeline, "read_member", lambda *a, **k: reads.append(a[1]) or real(*a, **k))
-    train = check_buckets(index, [make_stage()], config(folder))["stage"]["1x8x8"].train
+
+    def counted(index: Index, n: int, **kwargs: bool) -> bytes:
+        reads.append(n)
+        return read_member(index, n, **kwargs)
+
+    monkeypatch.setattr("data.pipeline.read_member", counted)
+    train = check_buckets(index, [make_stage()], data_config())["stage"]["1x8x8"].train
     far = Position(2 * 10**6, {"1x8x8": train * 10**5 - 3, "5x8x8": 7})
     stage = make_stage(samples=10**9)
-    loader = make_loader(index, stage, config(folder), position=far)
+    loader = make_loader(index, stage, data_config(), position=far)
     batches = next(iter(loader))
     assert len(reads) == len(batches[0].keys) == 24
 
 
-def test_the_window_differs_between_epochs_and_stages(index: Index, folder: Path) -> None:
+def test_the_window_differs_between_epochs_and_stages(index: Index, data_config: MakeConfig) -> None:
     def pixels(name: str) -> dict[str, set[bytes]]:
         seen = defaultdict(set)
-        for step in run_world(index, make_stage(name=name), config(folder), Position(), steps=30)[0]:
+        for step in run_world(index, make_stage(name=name), data_config(), Position(), steps=30)[0]:
             for key, value in step:
                 seen[key].add(value)
         return seen
@@ -219,9 +184,9 @@ def test_the_window_differs_between_epochs_and_stages(index: Index, folder: Path
     assert all(len(one[key]) == 1 for key in one if key.startswith("image"))
 
 
-def test_the_stream_does_not_depend_on_the_batch_size(index: Index, folder: Path) -> None:
+def test_the_stream_does_not_depend_on_the_batch_size(index: Index, data_config: MakeConfig) -> None:
     def stream(clips: int, steps: int) -> list[tuple[str, bytes]]:
-        done, _ = run_world(index, make_stage(clips=clips), config(folder), Position(), steps=steps)
+        done, _ = run_world(index, make_stage(clips=clips), data_config(), Position(), steps=steps)
         return [row for step in done for row in step if row[0].startswith("clip")]
 
     assert stream(12, 6) == stream(6, 12)
@@ -250,12 +215,14 @@ def damage(folder: Path, out: Path, keys: list[str]) -> Index:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_sample_is_a_hole(index: Index, folder: Path, tmp_path: Path, workers: int) -> None:
+def test_a_damaged_sample_is_a_hole(
+    index: Index, mixed_shards: Path, data_config: MakeConfig, tmp_path: Path, workers: int
+) -> None:
     stage = make_stage(samples=300)
-    reference, _ = run_world(index, stage, config(folder), Position(), steps=9)
+    reference, _ = run_world(index, stage, data_config(), Position(), steps=9)
     bad_keys = {reference[0][3][0], reference[2][1][0]}
-    hurt = damage(folder, tmp_path / "hurt", sorted(bad_keys))
-    log, data = tmp_path / "logs" / "bad.jsonl", config(folder, max_bad_share=0.2, workers=workers)
+    hurt = damage(mixed_shards, tmp_path / "hurt", sorted(bad_keys))
+    log, data = tmp_path / "logs" / "bad.jsonl", data_config(max_bad_share=0.2, workers=workers)
     loader = make_loader(hurt, stage, data, bad_log=log)
     holes = 0
     for expected, (batch,) in zip(reference, loader, strict=False):
@@ -273,22 +240,26 @@ def test_a_damaged_sample_is_a_hole(index: Index, folder: Path, tmp_path: Path, 
     assert all(line["reason"] == "wrong checksum" for line in lines)
 
 
-def test_a_shard_that_vanishes_is_holes_not_a_crash(folder: Path, tmp_path: Path) -> None:
-    hurt = damage(folder, tmp_path / "hurt", [])
+def test_a_shard_that_vanishes_is_holes_not_a_crash(
+    mixed_shards: Path, data_config: MakeConfig, tmp_path: Path
+) -> None:
+    hurt = damage(mixed_shards, tmp_path / "hurt", [])
     (tmp_path / "hurt" / hurt.shards[0]).unlink()
-    loader = make_loader(hurt, make_stage(samples=200), config(folder, max_bad_share=1.0))
+    loader = make_loader(hurt, make_stage(samples=200), data_config(max_bad_share=1.0))
     invalid = sum(int((~batch.valid).sum()) for (batch,) in loader)
     assert invalid == loader.bad["cannot be read"] > 0
 
 
-def test_workers_end_with_the_loop_and_outlive_signals(index: Index, folder: Path) -> None:
+def test_workers_end_with_the_loop_and_outlive_signals(index: Index, data_config: MakeConfig) -> None:
     before = set(multiprocessing.active_children())
-    loader = make_loader(index, make_stage(), config(folder, workers=2))
+    loader = make_loader(index, make_stage(), data_config(workers=2))
     batches = iter(loader)
+    assert isinstance(batches, Generator)
     next(batches)  # the second worker may still be starting
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:  # what Slurm and Ctrl-C send to every process of a job
+        assert worker.pid is not None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(worker.pid, number)
     for _ in range(12):
@@ -302,26 +273,26 @@ def test_workers_end_with_the_loop_and_outlive_signals(index: Index, folder: Pat
     assert time.monotonic() - began < 10
 
 
-def test_position_is_plain_json_and_counts_steps(index: Index, folder: Path) -> None:
-    _, position = run_world(index, make_stage(), config(folder), Position(), steps=4)
+def test_position_is_plain_json_and_counts_steps(index: Index, data_config: MakeConfig) -> None:
+    _, position = run_world(index, make_stage(), data_config(), Position(), steps=4)
     assert position.as_dict() == {"step": 4, "consumed": {"1x8x8": 72, "5x8x8": 12}}
     assert Position.from_dict(position.as_dict()) == position
 
 
-def test_batch_size_must_divide(index: Index, folder: Path) -> None:
+def test_batch_size_must_divide(index: Index, data_config: MakeConfig) -> None:
     with pytest.raises(UserError, match=r"batch_size=24.*5 ranks"):
-        make_loader(index, make_stage(), config(folder), world=5)
+        make_loader(index, make_stage(), data_config(), world=5)
 
 
-def test_shared_memory_too_small_is_refused(index: Index, folder: Path) -> None:
+def test_shared_memory_too_small_is_refused(index: Index, data_config: MakeConfig) -> None:
     bucket = BucketConfig(frames=5, height=80_000, width=80_000, batch_size=64)
     stage = StageConfig(name="s", buckets=[bucket], samples=8, lr=1, fps=8)
     with pytest.raises(UserError, match=r"data\.prefetch"):
-        make_loader(index, stage, config(folder, workers=4))
+        make_loader(index, stage, data_config(workers=4))
 
 
-def test_batches_are_what_the_contract_says(index: Index, folder: Path) -> None:
-    loader = make_loader(index, make_stage(), config(folder), rank=1, world=2, accumulation=2)
+def test_batches_are_what_the_contract_says(index: Index, data_config: MakeConfig) -> None:
+    loader = make_loader(index, make_stage(), data_config(), rank=1, world=2, accumulation=2)
     batch = next(iter(loader))[1]
     assert batch.bucket == Bucket(1, 8, 8)
     assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (6, 3, 1, 8, 8)
