@@ -12,6 +12,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from lingen import checkpoint
+from lingen.config import EmaConfig, EngineConfig, OptimConfig
+from lingen.dist import Dist, init
+from lingen.ema import Ema
+from lingen.engine import Engine, make_engine
+from lingen.errors import UserError
+
 STEPS, SAVED_AT, BATCH = 20, 10, 8
+ARCHITECTURE = {"d": 7}
+EngineKey = tuple[str, int]  # (kind, ZeRO level)
 ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 DTYPES = ["fp32", "bf16"]
 # Who goes on from whose checkpoint, on another number of processes.
@@ -38,7 +49,7 @@ COMBINATIONS = [(engine, dtype) for engine in ENGINES for dtype in DTYPES]
 CROSSINGS = [(heir, source, dtype) for heir, source in HEIRS for dtype in DTYPES]
 
 
-def key(engine: tuple[str, int], dtype: str) -> str:
+def key(engine: EngineKey, dtype: str) -> str:
     return f"{engine[0]}{engine[1]}-{dtype}"
 
 
@@ -61,139 +72,165 @@ class Tiny(nn.Module):
         return out
 
 
+Measured = list[tuple[float, float]]  # (loss, gradient norm) of each step
+
+
+def make(dist: Dist, kind: EngineKey, dtype: str, *, accumulation: int = 2, seed: int = 0) -> tuple[Engine, Ema]:
+    torch.manual_seed(seed + 100 * dist.rank)  # rank 0's weights must win
+    config = EngineConfig(kind=kind[0], zero_stage=kind[1], dtype=dtype, grad_accumulation=accumulation)  # type: ignore[arg-type]
+    engine = make_engine(Tiny(), config, OptimConfig(grad_clip=0.5), dist)
+    return engine, Ema(engine.fragments(), EmaConfig(halflife_samples=50))
+
+
+def train(dist: Dist, engine: Engine, ema: Ema, start: int, end: int, *, accumulation: int = 2) -> Measured:
+    measured = []
+    for step in range(start, end):
+        g = torch.Generator().manual_seed(step)
+        x, y = torch.randn(BATCH, 7, generator=g), torch.randn(BATCH, 3, generator=g)
+        label = torch.randint(0, 5, (BATCH,), generator=g)
+        total, rows = torch.zeros(()), BATCH // dist.world // accumulation
+        for micro in range(accumulation):
+            first = (dist.rank * accumulation + micro) * rows
+            part = slice(first, first + rows)
+            loss = (engine.model(x[part], label[part]) - y[part]).square().mean(1).sum() / BATCH
+            engine.backward(loss)
+            total += loss.detach()
+        norm = engine.step(1e-2)
+        ema.update(BATCH * (step + 1), BATCH)
+        dist.all_reduce_sum(total)
+        measured.append((total.item(), norm))
+    return measured
+
+
+def save(dist: Dist, folder: Path, engine: Engine, ema: Ema, *, step: int) -> None:
+    checkpoint.save(
+        folder, step=step, samples=BATCH * step, tokens=0, progress={}, architecture=ARCHITECTURE, final=False,
+        engine=engine, ema=ema, dist=dist,
+    )  # fmt: skip
+
+
+def inherit(dist: Dist, folder: Path, engine: Engine, ema: Ema) -> None:
+    """Go on from the newest checkpoint, whoever saved it."""
+    found = checkpoint.latest(folder, dist)
+    assert found is not None
+    checkpoint.load(found, engine, ema, carry=checkpoint.RESUME, architecture=ARCHITECTURE, dist=dist)
+
+
+def digest(dist: Dist, engine: Engine, ema: Ema) -> list[str]:
+    """Of all state, one a rank."""
+    content = hashlib.sha256()
+    for f in engine.fragments():
+        for part in (f.master, f.exp_avg, f.exp_avg_sq, ema.averages[f.name]):
+            content.update(part.numpy().tobytes())
+    return dist.gather(content.hexdigest())
+
+
+def poison(dist: Dist, engine: Engine) -> dict[str, Any]:
+    """One rank's gradient is not finite: every rank must refuse the step, and the next one must be sound."""
+    before, steps = [f.master.clone() for f in engine.fragments()], engine.steps
+    for micro in range(2):
+        loss = engine.model(torch.ones(1, 7), torch.zeros(1, dtype=torch.long)).sum()
+        engine.backward(loss * math.nan if dist.rank == dist.world - 1 and micro == 1 else loss)
+    norm = engine.step(1e-2)
+    same = all(torch.equal(b, f.master) for b, f in zip(before, engine.fragments(), strict=True))
+    return {"finite": math.isfinite(norm), "same": not dist.any(not same), "steps": engine.steps - steps}
+
+
+@contextmanager
+def full_disk(*, here: bool) -> Iterator[None]:
+    """Where ``here``, a write beyond 1,000 bytes fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if here:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def meet_troubles(dist: Dist, folder: Path) -> dict[str, Any]:
+    """One rank cannot write; then one file is damaged: what every rank hears of it."""
+    engine, ema = make(dist, ("torch", 0), "fp32")
+    heard: list[str] = []
+    left: list[Any] = []
+    save(dist, folder, engine, ema, step=1)
+    with full_disk(here=dist.rank == 1):
+        try:
+            save(dist, folder, engine, ema, step=2)
+        except UserError as error:
+            heard.append(str(error))
+    left.append(sorted(p.name for p in folder.iterdir()))
+    dist.barrier()
+    save(dist, folder, engine, ema, step=3)
+    dist.barrier()
+    if dist.rank == 0:
+        (folder / "step_00000003" / "rank_00001.safetensors").write_bytes(b"")
+    dist.barrier()
+    found = checkpoint.latest(folder, dist)
+    left.append(found.manifest.step if found else None)
+    dist.barrier()
+    if dist.rank == 0:
+        (folder / "step_00000001" / "rank_00001.safetensors").unlink()
+    dist.barrier()
+    try:
+        checkpoint.latest(folder, dist)
+    except UserError as error:
+        heard.append(str(error))
+    return {"heard": dist.gather(heard), "left": dist.gather(left)}
+
+
+def train_and_resume(dist: Dist, folder: Path, kind: EngineKey, dtype: str) -> dict[str, Any]:
+    """All steps with a checkpoint in between, and those after it once more, by a new engine that loads it."""
+    engine, ema = make(dist, kind, dtype)
+    measured = train(dist, engine, ema, 0, SAVED_AT)
+    save(dist, folder, engine, ema, step=SAVED_AT)
+    measured += train(dist, engine, ema, SAVED_AT, STEPS)
+    ends = digest(dist, engine, ema)
+    refused = poison(dist, engine)
+    engine.close()
+    engine, ema = make(dist, kind, dtype, seed=7)
+    inherit(dist, folder, engine, ema)
+    resumed = train(dist, engine, ema, SAVED_AT, STEPS)
+    result = {
+        "measured": measured, "resumed": resumed, "same state": digest(dist, engine, ema) == ends,
+        "refused": refused, "level": engine.zero_stage,
+    }  # fmt: skip
+    engine.close()
+    return result
+
+
+def train_on_whole_batches(dist: Dist, kind: EngineKey) -> Measured:
+    """All steps without accumulation."""
+    engine, ema = make(dist, kind, "fp32", accumulation=1)
+    measured = train(dist, engine, ema, 0, STEPS, accumulation=1)
+    engine.close()
+    return measured
+
+
+def go_on_from(dist: Dist, folder: Path, heir: EngineKey, dtype: str) -> Measured:
+    """The steps after another engine's checkpoint."""
+    engine, ema = make(dist, heir, dtype, seed=3)
+    inherit(dist, folder, engine, ema)
+    measured = train(dist, engine, ema, SAVED_AT, STEPS)
+    engine.close()
+    return measured
+
+
 def work(out: Path, tasks: list[str]) -> None:
     """Run ``tasks`` ('train', 'inherit') in this process and its siblings; rank 0 writes what came out."""
-    from lingen import checkpoint
-    from lingen.config import EmaConfig, EngineConfig, OptimConfig
-    from lingen.dist import init
-    from lingen.ema import Ema
-    from lingen.engine import Engine, make_engine
-    from lingen.errors import UserError
-
     torch.set_num_threads(1)
     dist = init("cpu")
-
-    def make(engine: tuple[str, int], dtype: str, accumulation: int = 2, seed: int = 0) -> tuple[Engine, Ema]:
-        torch.manual_seed(seed + 100 * dist.rank)  # rank 0's weights must win
-        config = EngineConfig(kind=engine[0], zero_stage=engine[1], dtype=dtype, grad_accumulation=accumulation)  # type: ignore[arg-type]
-        made = make_engine(Tiny(), config, OptimConfig(grad_clip=0.5), dist)
-        return made, Ema(made.fragments(), EmaConfig(halflife_samples=50))
-
-    def train(engine: Engine, ema: Ema, start: int, end: int, accumulation: int = 2) -> list[tuple[float, float]]:
-        measured = []
-        for step in range(start, end):
-            g = torch.Generator().manual_seed(step)
-            x, y = torch.randn(BATCH, 7, generator=g), torch.randn(BATCH, 3, generator=g)
-            label = torch.randint(0, 5, (BATCH,), generator=g)
-            total, rows = torch.zeros(()), BATCH // dist.world // accumulation
-            for micro in range(accumulation):
-                first = (dist.rank * accumulation + micro) * rows
-                part = slice(first, first + rows)
-                loss = (engine.model(x[part], label[part]) - y[part]).square().mean(1).sum() / BATCH
-                engine.backward(loss)
-                total += loss.detach()
-            norm = engine.step(1e-2)
-            ema.update(BATCH * (step + 1), BATCH)
-            dist.all_reduce_sum(total)
-            measured.append((total.item(), norm))
-        return measured
-
-    def digest(engine: Engine, ema: Ema) -> list[str]:
-        content = hashlib.sha256()
-        for f in engine.fragments():
-            for part in (f.master, f.exp_avg, f.exp_avg_sq, ema.averages[f.name]):
-                content.update(part.numpy().tobytes())
-        return dist.gather(content.hexdigest())
-
-    def inherit(folder: Path, engine: Engine, ema: Ema) -> None:
-        found = checkpoint.latest(folder, dist)
-        assert found is not None
-        checkpoint.load(found, engine, ema, carry=checkpoint.RESUME, architecture={"d": 7}, dist=dist)
-
-    def poison(engine: Engine) -> dict[str, Any]:
-        """One rank's gradient is not finite: every rank must refuse the step, and the next one must be sound."""
-        before, steps = [f.master.clone() for f in engine.fragments()], engine.steps
-        for micro in range(2):
-            loss = engine.model(torch.ones(1, 7), torch.zeros(1, dtype=torch.long)).sum()
-            engine.backward(loss * math.nan if dist.rank == dist.world - 1 and micro == 1 else loss)
-        norm = engine.step(1e-2)
-        same = all(torch.equal(b, f.master) for b, f in zip(before, engine.fragments(), strict=True))
-        return {"finite": math.isfinite(norm), "same": not dist.any(not same), "steps": engine.steps - steps}
-
-    def troubles() -> dict[str, Any]:
-        """One rank cannot write; then one file is damaged: what every rank hears of it."""
-        engine, ema = make(("torch", 0), "fp32")
-        folder = out / "troubles"
-        heard: list[str] = []
-        left: list[Any] = []
-
-        def save(step: int) -> None:
-            checkpoint.save(
-                folder, step=step, samples=0, tokens=0, progress={}, architecture={}, final=False,
-                engine=engine, ema=ema, dist=dist,
-            )  # fmt: skip
-
-        save(1)
-        if dist.rank == 1:
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            save(2)
-        except UserError as error:
-            heard.append(str(error))
-        if dist.rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        left.append(sorted(p.name for p in folder.iterdir()))
-        dist.barrier()
-        save(3)
-        dist.barrier()
-        if dist.rank == 0:
-            (folder / "step_00000003" / "rank_00001.safetensors").write_bytes(b"")
-        dist.barrier()
-        found = checkpoint.latest(folder, dist)
-        left.append(found.manifest.step if found else None)
-        dist.barrier()
-        if dist.rank == 0:
-            (folder / "step_00000001" / "rank_00001.safetensors").unlink()
-        dist.barrier()
-        try:
-            checkpoint.latest(folder, dist)
-        except UserError as error:
-            heard.append(str(error))
-        return {"heard": dist.gather(heard), "left": dist.gather(left)}
-
     results: dict[str, Any] = {}
     if dist.world > 1:
-        results["troubles"] = troubles()
-    for engine_name, dtype in COMBINATIONS if "train" in tasks else ():
-        engine, ema = make(engine_name, dtype)
-        folder = out / f"world{dist.world}" / key(engine_name, dtype)
-        measured = train(engine, ema, 0, SAVED_AT)
-        checkpoint.save(
-            folder, step=SAVED_AT, samples=80, tokens=0, progress={}, architecture={"d": 7}, final=False,
-            engine=engine, ema=ema, dist=dist,
-        )  # fmt: skip
-        measured += train(engine, ema, SAVED_AT, STEPS)
-        ends = digest(engine, ema)
-        refused = poison(engine)
-        engine.close()
-        engine, ema = make(engine_name, dtype, seed=7)
-        inherit(folder, engine, ema)
-        resumed = train(engine, ema, SAVED_AT, STEPS)
-        results[key(engine_name, dtype)] = {
-            "measured": measured, "resumed": resumed, "same state": digest(engine, ema) == ends,
-            "refused": refused, "level": engine.zero_stage,
-        }  # fmt: skip
-        engine.close()
+        results["troubles"] = meet_troubles(dist, out / "troubles")
+    for kind, dtype in COMBINATIONS if "train" in tasks else ():
+        name = key(kind, dtype)
+        results[name] = train_and_resume(dist, out / f"world{dist.world}" / name, kind, dtype)
         if dtype == "fp32":
-            engine, ema = make(engine_name, dtype, accumulation=1)
-            results[key(engine_name, dtype)]["whole batch"] = train(engine, ema, 0, STEPS, accumulation=1)
-            engine.close()
+            results[name]["whole batch"] = train_on_whole_batches(dist, kind)
     for heir, source, dtype in CROSSINGS if "inherit" in tasks else ():
-        engine, ema = make(heir, dtype, seed=3)
-        inherit(out / f"world{3 - dist.world}" / key(source, dtype), engine, ema)
-        results[f"{key(heir, dtype)} from {key(source, dtype)}"] = train(engine, ema, SAVED_AT, STEPS)
-        engine.close()
+        folder = out / f"world{3 - dist.world}" / key(source, dtype)
+        results[f"{key(heir, dtype)} from {key(source, dtype)}"] = go_on_from(dist, folder, heir, dtype)
     if dist.rank == 0:
         (out / f"{'-'.join(tasks)}{dist.world}.json").write_text(json.dumps(results))
     dist.close()
@@ -222,7 +259,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"one": one, "two": two, "back": back}
 
 
-def differ(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+def differ(a: Measured, b: Measured) -> float:
     """The greatest relative difference, over losses and gradient norms."""
     x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
     return float(((x - y).abs() / y.abs()).max())
@@ -230,7 +267,7 @@ def differ(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
 
 @pytest.mark.parametrize("world", ["one", "two"])
 @pytest.mark.parametrize(("engine", "dtype"), COMBINATIONS)
-def test_resuming_is_exact_to_the_bit(results: dict[str, Any], world: str, engine: tuple[str, int], dtype: str) -> None:
+def test_resuming_is_exact_to_the_bit(results: dict[str, Any], world: str, engine: EngineKey, dtype: str) -> None:
     result = results[world][key(engine, dtype)]
     assert result["resumed"] == result["measured"][SAVED_AT:]
     assert result["same state"]
@@ -239,7 +276,7 @@ def test_resuming_is_exact_to_the_bit(results: dict[str, Any], world: str, engin
 
 @pytest.mark.parametrize("world", ["one", "two"])
 @pytest.mark.parametrize("engine", ENGINES[1:])
-def test_every_level_trains_as_plain_torch_does(results: dict[str, Any], world: str, engine: tuple[str, int]) -> None:
+def test_every_level_trains_as_plain_torch_does(results: dict[str, Any], world: str, engine: EngineKey) -> None:
     assert differ(results[world][key(engine, "fp32")]["measured"], results[world]["torch0-fp32"]["measured"]) < 1e-5
     # Level 0 adds its gradients up in bf16, the others in fp32.
     limit = 2e-2 if engine[1] == 0 else 1e-5
@@ -247,7 +284,7 @@ def test_every_level_trains_as_plain_torch_does(results: dict[str, Any], world: 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_train_as_one_does(results: dict[str, Any], engine: tuple[str, int]) -> None:
+def test_two_processes_train_as_one_does(results: dict[str, Any], engine: EngineKey) -> None:
     name = key(engine, "fp32")
     assert differ(results["two"][name]["measured"], results["one"][name]["measured"]) < 1e-5
     assert differ(results["two"][name]["whole batch"], results["one"][name]["measured"]) < 1e-5
@@ -257,7 +294,7 @@ def test_two_processes_train_as_one_does(results: dict[str, Any], engine: tuple[
 @pytest.mark.parametrize("world", ["one", "two"])
 @pytest.mark.parametrize(("engine", "dtype"), COMBINATIONS)
 def test_a_gradient_that_is_not_finite_is_refused_by_all(
-    results: dict[str, Any], world: str, engine: tuple[str, int], dtype: str
+    results: dict[str, Any], world: str, engine: EngineKey, dtype: str
 ) -> None:
     assert results[world][key(engine, dtype)]["refused"] == {"finite": False, "same": True, "steps": 0}
 
@@ -265,7 +302,7 @@ def test_a_gradient_that_is_not_finite_is_refused_by_all(
 @pytest.mark.parametrize(("world", "source_world"), [("two", "one"), ("back", "two")])
 @pytest.mark.parametrize(("heir", "source", "dtype"), CROSSINGS)
 def test_another_engine_on_other_processes_goes_on(
-    results: dict[str, Any], world: str, source_world: str, heir: tuple[str, int], source: tuple[str, int], dtype: str
+    results: dict[str, Any], world: str, source_world: str, heir: EngineKey, source: EngineKey, dtype: str
 ) -> None:
     went_on = results[world][f"{key(heir, dtype)} from {key(source, dtype)}"]
     uninterrupted = results[source_world][key(source, dtype)]["measured"][SAVED_AT:]
