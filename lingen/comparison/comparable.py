@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lingen.comparison.read import Run, planned_stages
+from lingen.comparison.read import Run, Stage, planned_stages
 
 # With another value here two validation losses are not the same measurement.
 MEASURE = ("data.path", "data.holdout_share", "validation", "autoencoder", "text")
@@ -84,6 +84,18 @@ def _against(first: Run, other: Run) -> Iterator[str]:
         validated = len(stage.validation) and len(twin.validation)
         if validated and (set(stage.buckets) != set(twin.buckets) or len(stage.bins) != len(twin.bins)):
             yield f"In stage {stage.name}, {pair} recorded validation on different buckets or timestep bins."
+        yield from _other_held_out_samples(first, stage, other, twin)
+
+
+def _other_held_out_samples(first: Run, stage: Stage, other: Run, twin: Stage) -> Iterator[str]:
+    """Where samples were broken for one run alone, its losses are means over fewer of them."""
+    for bucket, counts in stage.valid.items():
+        if counts != twin.valid.get(bucket, counts):
+            here, there = (" or ".join(map(str, s.valid[bucket])) for s in (stage, twin))
+            yield (
+                f"In stage {stage.name}, bucket {bucket} was validated on {here} held-out samples by {first.label}, "
+                f"on {there} by {other.label}: their losses are means over different samples."
+            )
 
 
 def _shared(first: Run, other: Run) -> list[str]:

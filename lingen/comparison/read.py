@@ -72,6 +72,7 @@ class Stage:
     buckets: dict[str, Curve]  # validation loss of each bucket that every validation measured, e.g. "17x64x64"
     partial_buckets: list[str]  # those that some validation did not measure
     bins: list[Curve]  # validation loss of each timestep bin, low sigma to high
+    valid: dict[str, list[int]]  # bucket -> how many held-out samples could be used; several where that changed
     complete: bool  # the stage came to its end
     source: str | None  # the stage it was transferred from, if any
     fingerprints: dict[str, str]  # of the data and the encoders, where the transfer record has them
@@ -166,10 +167,20 @@ def _stage(name: str, records: list[Record], start: dict[str, float], *, ended: 
         buckets={b: _curve(held_out, [losses[b] for losses in by_bucket]) for b in buckets},
         partial_buckets=[b for b in names if b not in buckets],
         bins=[_curve(held_out, [r["bin_loss"][i] for r in held_out]) for i in range(bins)],
+        valid=_valid(held_out),
         complete=ended,
         source=transfer.get("from"),
         fingerprints={key: str(value) for key, value in transfer.items() if key.endswith("_fingerprint")},
     )
+
+
+def _valid(validations: list[Record]) -> dict[str, list[int]]:
+    """Bucket -> the different numbers of valid held-out samples, ascending; without buckets that have none recorded."""
+    found: dict[str, set[int]] = {}
+    for record in validations:
+        for bucket, count in record.get("valid", {}).items():
+            found.setdefault(bucket, set()).add(count)
+    return {bucket: sorted(counts) for bucket, counts in found.items()}
 
 
 def _start(records: list[Record], end_before: dict[str, float]) -> dict[str, float]:
@@ -221,6 +232,9 @@ def _odd_keys(record: Record) -> list[str]:
         buckets, bins = record.get("bucket_loss", {}), record.get("bin_loss", [])
         good["bucket_loss"] = isinstance(buckets, dict) and all(map(_is_loss, buckets.values()))
         good["bin_loss"] = isinstance(bins, list) and all(map(_is_loss, bins))
+    if record["kind"] == "validation":
+        valid = record.get("valid", {})
+        good["valid"] = isinstance(valid, dict) and all(isinstance(count, int) for count in valid.values())
     return [key for key, is_good in good.items() if not is_good]
 
 

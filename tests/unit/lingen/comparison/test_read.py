@@ -86,6 +86,28 @@ def test_a_run_without_one_finite_loss_is_shown_as_empty(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("samples", "said"),
+    [((50, 60, 70, 80, 90, 100), "60"), ((70,), "60 or 64")],  # broken all along; broken in one validation
+)
+def test_validations_on_other_numbers_of_samples_are_warned_of(
+    samples: tuple[int, ...], said: str, tmp_path: Path
+) -> None:
+    whole = {"1x64x64": 32, "17x64x64": 64}
+
+    def broken(record: Record) -> Record:
+        fewer = record["stage"] == "video" and record["samples"] in samples
+        return record | {"valid": whole | {"17x64x64": 60} if fewer else whole}
+
+    sound = [write_run(tmp_path / name, lambda r: r | {"valid": whole}) for name in ("a", "b")]
+    folders = [*sound, write_run(tmp_path / "c", broken), write_run(tmp_path / "unrecorded")]
+    runs = load_runs([str(folder) for folder in folders], ["A", "B", "C", "D"])
+    assert measure(runs, 2).warnings == [
+        f"In stage video, bucket 17x64x64 was validated on 64 held-out samples by A, on {said} by C: "
+        "their losses are means over different samples."
+    ]
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"model": None}, "model=None"),
@@ -118,6 +140,8 @@ def test_a_config_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
         {"bucket_loss": {"1x64x64": "x"}},
         {"bin_loss": 1.0},
         {"bin_loss": ["x", 1.0]},
+        {"valid": 3},
+        {"valid": {"1x64x64": "x"}},
         {"samples": None},
         {"stage": None},
     ],
