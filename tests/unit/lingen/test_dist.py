@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -107,10 +108,10 @@ def test_several_processes_need_a_meeting_point(environ: os._Environ[str]) -> No
         init("cpu")
 
 
-def test_slow_imports_are_left_to_those_who_need_them() -> None:
+@pytest.mark.parametrize(("module", "loaded"), [("lingen.dist", []), ("lingen.checkpoint", ["torch"])])
+def test_slow_imports_are_left_to_those_who_need_them(module: str, loaded: list[str]) -> None:
     """The signal handlers are installed before torch is imported, and DeepSpeed is never imported for plain torch."""
-    code = (
-        "import sys, lingen.dist; assert 'torch' not in sys.modules;"
-        "import lingen.checkpoint; assert 'deepspeed' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"import json, sys, {module}; print(json.dumps([m for m in ('torch', 'deepspeed') if m in sys.modules]))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == loaded
