@@ -99,8 +99,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
             remaining = stages[number + newest.manifest.final :]
             break
     else:
-        if config.init_from is not None:
-            start = Start(checkpoint.open_checkpoint(Path(config.init_from), dist), resume=False)
+        start = Start(open_init(config, dist), resume=False)
     if start.checkpoint is not None:
         checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
         refuse_other_encoders(start.checkpoint, inputs.autoencoder.fingerprint)
@@ -108,6 +107,22 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
             refuse_other_data(start.checkpoint, config.data.path, inputs.index)
     refuse_cutting_off(config, start)
     return remaining, start
+
+
+def open_init(config: Config, dist: Dist) -> Checkpoint | None:
+    """The checkpoint that ``init_from`` names, or None where it names none. Collective.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another architecture.
+    """
+    if config.init_from is None:
+        return None
+    try:
+        there = checkpoint.open_checkpoint(Path(config.init_from), dist)
+        checkpoint.refuse_other_architecture(there, architecture(config))
+    except UserError as error:
+        raise UserError(f"init_from={config.init_from}: {error}") from error
+    return there
 
 
 def refuse_other_lineage(config: Config, before: list[StageConfig], there: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from data.batch import Batch
 from data.pipeline import holdout_batches
 from data.shards import load_index
 from lingen import checkpoint
-from lingen.begin import Inputs, StageState, Start, begin_stage, find_start, load_inputs
+from lingen.begin import Inputs, StageState, Start, begin_stage, find_start, load_inputs, open_init
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
 from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
@@ -59,9 +59,7 @@ class Run:
 def dry_run(config: Config) -> int:
     """Print the plan of every stage; build nothing, write nothing."""
     alone = Dist(0, 1, 0, torch.device("cpu"))
-    if config.init_from is not None:
-        there = checkpoint.open_checkpoint(Path(config.init_from), alone)
-        checkpoint.refuse_other_architecture(there, architecture(config))
+    open_init(config, alone)
     plan = make_plan(config, load_index(config.data.path))
     if find_place(os.environ).rank == 0:
         print_plan(config, plan)
