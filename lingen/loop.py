@@ -178,7 +178,8 @@ def refuse_too_many_holes(run: Run, state: StageState, *, finished: bool) -> Non
         UserError: more than ``data.max_bad_share`` of the samples read were broken.
     """
     share = run.config.data.max_bad_share
-    if (finished or state.read >= ENOUGH_READ) and state.bad > share * state.read:
+    allowed = max(1.0, share * state.read) if share else 0.0  # one among few says nothing
+    if (finished or state.read >= ENOUGH_READ) and state.bad > allowed:
         reasons = ", ".join(f"{count} {reason}" for reason, count in state.loader.bad.most_common())
         raise UserError(
             f"{state.bad} of {state.read} samples read are bad ({reasons or 'on other ranks'}), more than "
