@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.progress import track
 
 from lingen.autoencoder import Autoencoder, load_autoencoder
 from lingen.config import BucketConfig, Config, StageConfig, geometry_problems, latent_shape, token_grid
+from lingen.engine import DTYPES
 from lingen.errors import UserError
 from lingen.export import load_trained
 from lingen.flow import bucket_shift, generator
@@ -38,10 +40,16 @@ class LinGenPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str = "cpu", autoencoder: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: Literal["fp32", "bf16"] | None = None,
+        autoencoder: str | None = None,
     ) -> LinGenPipeline:
         """Load the EMA weights of an export, of a run folder (its last finished stage), or of a checkpoint.
 
+        ``dtype`` is the denoiser's precision: by default that of the training on a GPU, fp32 on a CPU.
         ``autoencoder`` names the autoencoder's file where it is no longer where the run found it.
 
         Raises:
@@ -68,13 +76,14 @@ class LinGenPipeline:
         except RuntimeError as error:
             raise UserError(f"{path}: the weights do not fit the config beside them: {error}") from error
         (stage,) = config.stages.values()
-        return cls(config, stage, model.to(place).eval(), latents, text, place)
+        precision = DTYPES[dtype or (config.engine.dtype if place.type == "cuda" else "fp32")]
+        return cls(config, stage, model.to(place, precision).eval(), latents, text, place)
 
     def untrained(self) -> LinGenPipeline:
         """The same with freshly initialized weights: what training is measured against."""
         torch.manual_seed(self.config.seed)
         model = make_model(self.config, text_dim=self.text.dim)
-        return replace(self, model=model.to(self.device).eval())
+        return replace(self, model=model.to(self.device, next(self.model.parameters()).dtype).eval())
 
     def shape(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> BucketConfig:
         """The shape of a video; what is None comes from the largest bucket of the last stage.

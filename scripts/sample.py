@@ -11,6 +11,7 @@ import re
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -38,6 +39,7 @@ class Words(BaseModel):
     seed: int = 0
     count: PositiveInt = 1  # videos, with the seeds seed, seed + 1, ...
     device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] | None = None  # of the denoiser; None: the training's on a GPU, fp32 on a CPU
     autoencoder: str | None = None  # where the autoencoder's file is now
 
 
@@ -60,7 +62,9 @@ def main() -> None:
     from data.encode import write_contact_sheet, write_mp4
     from lingen.pipeline import LinGenPipeline
 
-    pipeline = LinGenPipeline.from_pretrained(words.checkpoint, device=words.device, autoencoder=words.autoencoder)
+    pipeline = LinGenPipeline.from_pretrained(
+        words.checkpoint, device=words.device, dtype=words.dtype, autoencoder=words.autoencoder
+    )
     shape = pipeline.shape(words.frames, words.height, words.width)
     out = Path(words.out)
     make_folder(out, words.out)

@@ -170,6 +170,9 @@ def _scan_in_pieces(
         # contiguous: the slice of a batch would keep the strides, and so the offsets, of the whole.
         x_, dt_, B_, C_ = (t.contiguous() for t in pieces)
         y, states = kernel(x_, dt_, A, B_, C_, chunk_size, D=D, initial_states=states, return_final_states=True)
+        if y.requires_grad:
+            # Its gradient is a slice of the whole's, with the whole's strides.
+            y.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
         outputs.append(y)
     assert states is not None
     return torch.cat(outputs, dim=1), states

@@ -79,6 +79,15 @@ def test_every_way_to_name_the_weights_gives_the_same(run: Path, pipeline: LinGe
         assert other.stage == pipeline.stage
 
 
+def test_bf16_samples_are_close_to_fp32(run: Path, pipeline: LinGenPipeline) -> None:
+    half = LinGenPipeline.from_pretrained(run, dtype="bf16")
+    assert {p.dtype for p in half.model.parameters()} == {p.dtype for p in half.untrained().model.parameters()}
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    shape = {"frames": 9, "height": 32, "width": 32, "steps": 2, "progress": False}
+    videos = [p(["a red circle"], **shape).float() for p in (half, pipeline)]  # type: ignore[arg-type]
+    assert 0 < (videos[0] - videos[1]).abs().mean() < 4
+
+
 def test_the_untrained_model_is_another(pipeline: LinGenPipeline) -> None:
     fresh = pipeline.untrained().model.state_dict()
     assert any(not torch.equal(p, fresh[name]) for name, p in pipeline.model.state_dict().items())

@@ -303,6 +303,7 @@ def test_mamba_ssm_is_chosen_on_cuda_where_it_is_installed(installed: bool, monk
 
 def test_pieces_for_mamba_ssm_stay_below_the_limit_and_carry_the_state() -> None:
     inputs = make(50)
+    inputs["x"].requires_grad_()
     limit, lengths = 1000, []
 
     def kernel(
@@ -320,3 +321,7 @@ def test_pieces_for_mamba_ssm_stay_below_the_limit_and_carry_the_state() -> None
     torch.testing.assert_close(y, want_y)
     torch.testing.assert_close(states, want_states)
     assert math.prod(inputs["x"].shape) > limit
+    weight = torch.randn_like(y)
+    (grad,) = torch.autograd.grad((y * weight).sum(), inputs["x"], retain_graph=True)
+    (want_grad,) = torch.autograd.grad((want_y * weight).sum(), inputs["x"])
+    torch.testing.assert_close(grad, want_grad)

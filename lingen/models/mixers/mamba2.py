@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lingen.kernels.ssd import ssd, ssd_flops
+from lingen.kernels.ssd import MAX_ELEMENTS, ssd, ssd_flops
 from lingen.models.embed import Grid
 
 NORM_EPS = 1e-6
@@ -121,11 +121,22 @@ class BidirectionalMamba2(nn.Module):
     def _causal_conv(self, x: Tensor) -> Tensor:
         """Depthwise over the sequence: (B, M, channels) -> the same.
 
+        In slices of the channels where one tensor would pass ``MAX_ELEMENTS`` (68 s of 512p at 4B does): beyond it
+        torch's depthwise kernels refuse, and some of cuDNN's are wrong.
+        """
+        slices = x.numel() // MAX_ELEMENTS + 1
+        parts = (x.chunk(slices, dim=-1), self.conv_weight.chunk(slices), self.conv_bias.chunk(slices))
+        outputs = [self._convolve(*part) for part in zip(*parts, strict=True)]
+        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, M, channels), (channels, k), (channels,) -> (B, M, channels).
+
         As a 2D convolution on channels-last memory, and with the bias outside: on a CPU half the time of ``conv1d``.
         """
         padded = F.pad(x, (0, 0, self.conv_kernel - 1, 0)).transpose(1, 2).unsqueeze(2)  # (B, channels, 1, M + k - 1)
-        y = F.conv2d(padded, self.conv_weight[:, None, None], groups=x.shape[-1])  # (B, channels, 1, M)
-        return y.squeeze(2).transpose(1, 2) + self.conv_bias
+        y = F.conv2d(padded, weight[:, None, None], groups=x.shape[-1])  # (B, channels, 1, M)
+        return y.squeeze(2).transpose(1, 2) + bias
 
     def flops(self, grid: Grid, review_pool: Grid) -> int:
         """Forward FLOPs of one sample; grid and pooling box in scan order. Projections, convolution, scan."""

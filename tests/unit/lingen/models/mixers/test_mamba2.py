@@ -124,3 +124,15 @@ def test_starts_as_mamba2_does() -> None:
 def test_heads_must_divide_the_inner_width() -> None:
     with pytest.raises(ValueError, match="head_dim=5 must divide"):
         BidirectionalMamba2(D, expand=2, head_dim=5, d_state=S, conv_kernel=4, chunk_size=8)
+
+
+def test_the_convolution_in_slices_is_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = mamba()
+    x = torch.randn(2, 9, module.conv_weight.shape[0], dtype=torch.float64)
+    whole = module._causal_conv(x)
+    calls: list[int] = []
+    convolve = module._convolve
+    monkeypatch.setattr(module, "_convolve", lambda *part: calls.append(part[0].numel()) or convolve(*part))
+    monkeypatch.setattr("lingen.models.mixers.mamba2.MAX_ELEMENTS", 200)
+    torch.testing.assert_close(module._causal_conv(x), whole)
+    assert len(calls) > 1 and sum(calls) == x.numel() and max(calls) <= 200
