@@ -22,7 +22,7 @@ from lingen.ema import Ema
 from lingen.engine import make_engine
 from lingen.errors import UserError
 from lingen.export import newest_folder
-from lingen.manifest import manifest_digest, read_manifest
+from lingen.manifest import MANIFEST, manifest_digest, read_manifest, step_folders
 from lingen.models import make_model
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
@@ -95,6 +95,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         newest = checkpoint.latest(folder, dist)
         if newest is not None:
             refuse_other_lineage(config, stages[:number], newest)
+            refuse_reopening(stages[number], newest)
             start = Start(newest, resume=not newest.manifest.final)
             remaining = stages[number + newest.manifest.final :]
             break
@@ -105,7 +106,8 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         refuse_other_encoders(start.checkpoint, inputs.autoencoder.fingerprint)
         if start.resume:
             refuse_other_data(start.checkpoint, config.data.path, inputs.index)
-    refuse_cutting_off(config, start)
+    if remaining:
+        refuse_cutting_off(config, start)
     return remaining, start
 
 
@@ -131,12 +133,40 @@ def refuse_other_lineage(config: Config, before: list[StageConfig], there: Check
     Raises:
         UserError: the stage before was trained again, or ``init_from`` names another checkpoint than the first time.
     """
-    named = stage_folder(config, before[-1].name) if before else Path(config.init_from) if config.init_from else None
-    source = newest_folder(named) if named else None
-    if source is not None and manifest_digest(source) != there.progress["lineage"][-1]["from_sha256"]:
+    began = there.progress["lineage"][-1]
+    sources = possible_sources(config, before)
+    if not sources or began["from_sha256"] in [manifest_digest(source) for source in sources]:
+        return
+    origin = Path(began["from_checkpoint"]) if began["from_checkpoint"] else None
+    if origin and not before and not origin.exists() and origin.parent.resolve() == sources[0].parent.resolve():
+        return  # pruned since, by a stage that has gone on
+    raise UserError(
+        f"{there.folder} was not trained from {sources[-1]}; remove {there.folder.parent} to train that stage anew, or "
+        "choose another name="
+    )
+
+
+def possible_sources(config: Config, before: list[StageConfig]) -> list[Path]:
+    """What a stage may have begun with: the final checkpoint of the stage before, or those that ``init_from`` names."""
+    if before:
+        newest = newest_folder(stage_folder(config, before[-1].name))
+        return [newest] if newest is not None and read_manifest(newest).final else []
+    if config.init_from is None:
+        return []
+    named = Path(config.init_from)
+    folders = [named] if (named / MANIFEST).exists() else step_folders(named)
+    return [folder for folder in folders if (folder / MANIFEST).exists()]
+
+
+def refuse_reopening(stage: StageConfig, there: Checkpoint) -> None:
+    """Raises:
+    UserError: the stage is finished, and now asked to be longer.
+    """
+    trained = there.progress["progress"]["stage_samples"]
+    if there.manifest.final and trained < stage.samples:
         raise UserError(
-            f"{there.folder} was not trained from {source}; remove {there.folder.parent} to train that stage anew, or "
-            "choose another name="
+            f"stages.{stage.name}.samples={stage.samples}, but {there.folder} finished that stage after {trained}; go "
+            f"on from it under another name: stage={stage.name} init_from={there.folder}"
         )
 
 
@@ -172,16 +202,18 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
         lineage = there.progress["lineage"]
     if not start.resume:
         lineage = [*lineage, lineage_entry(stage, start)]
-    loader = StageLoader(
-        inputs.index,
-        stage,
-        config.data,
-        seed=config.seed,
-        rank=dist.rank,
-        world=dist.world,
-        grad_accumulation=config.engine.grad_accumulation,
-        position=Position.from_dict(there.progress["position"]) if there and start.resume else None,
-        bad_log=run_folder(config) / "bad_samples.jsonl",
+    loader = dist.together(
+        lambda: StageLoader(
+            inputs.index,
+            stage,
+            config.data,
+            seed=config.seed,
+            rank=dist.rank,
+            world=dist.world,
+            grad_accumulation=config.engine.grad_accumulation,
+            position=Position.from_dict(there.progress["position"]) if there and start.resume else None,
+            bad_log=run_folder(config) / "bad_samples.jsonl",
+        )
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
     return StageState(

@@ -25,7 +25,17 @@ from lingen.dist import Dist
 from lingen.ema import Ema
 from lingen.engine import Engine
 from lingen.errors import UserError
-from lingen.manifest import MANIFEST, STATE, FileEntry, Manifest, problem_with, read_manifest, shard_paths, step_folders
+from lingen.manifest import (
+    MANIFEST,
+    STATE,
+    FileEntry,
+    Manifest,
+    problem_with,
+    read_manifest,
+    shard_paths,
+    step_folders,
+    step_of,
+)
 from lingen.shardfiles import Damaged, ShardReader, sha256, sync, write_shard, write_synced
 
 RESUME = CarryConfig(weights="model", ema="carry", optimizer="carry")  # go on exactly where the checkpoint was taken
@@ -203,10 +213,15 @@ def export(folder: Path, out_dir: Path, config: dict[str, Any]) -> None:
     sync(out_dir)
 
 
-def prune(stage_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` whole checkpoints and the stage's final one. For rank 0 alone."""
-    whole = []
+def prune(saved: Path, keep_last: int) -> None:
+    """Remove all but ``saved``, the ``keep_last`` - 1 whole checkpoints before it, and the stage's final one.
+
+    What is further than ``saved`` was passed over as damaged, and stays as evidence. For rank 0 alone.
+    """
+    stage_dir, whole = saved.parent, []
     for folder in step_folders(stage_dir):
+        if step_of(folder) > step_of(saved):
+            continue
         try:
             whole.append((folder, read_manifest(folder).final))
         except Damaged:

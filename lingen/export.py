@@ -19,7 +19,7 @@ from lingen import checkpoint
 from lingen.config import Config
 from lingen.dist import Dist
 from lingen.errors import UserError
-from lingen.manifest import MANIFEST, STATE, manifest_digest, read_manifest, step_folders
+from lingen.manifest import MANIFEST, STATE, manifest_digest, problem_with, read_manifest, step_folders
 from lingen.runfolder import export_folder, read_config, stage_folder, write_aside
 from lingen.shardfiles import Damaged
 
@@ -72,6 +72,8 @@ def _export(config: Config, name: str) -> None:
     there = _read_origin(out)
     if there is not None and there.checkpoint_sha256 == digest:
         return
+    if problem_with(folder) is not None:
+        return  # the start that finds it damaged goes on from the one before, and finishes the stage again
     state = json.loads((folder / STATE).read_text())
     origin = Origin(
         stage=name,
@@ -82,6 +84,7 @@ def _export(config: Config, name: str) -> None:
         autoencoder_fingerprint=state["autoencoder_fingerprint"],
         lineage=state["lineage"],
     )
+    (out / ORIGIN).unlink(missing_ok=True)
     checkpoint.export(folder, out, _of_stage(config, name).model_dump(mode="json"))
     write_aside(out / ORIGIN, origin.model_dump_json(indent=1))  # last: without it the export is made again
 
@@ -120,6 +123,9 @@ def load_trained(path: Path) -> Trained:
     config = read_config(stage.parent.parent / CONFIG)
     if stage.name not in config.stages:
         raise UserError(f"{folder}: its run's {CONFIG} does not know the stage {stage.name}; sample from an export")
+    problem = problem_with(folder)
+    if problem is not None:
+        raise UserError(f"{folder} is not a whole checkpoint: {problem}")
     fingerprint = json.loads((folder / STATE).read_text())["autoencoder_fingerprint"]
     return Trained(_of_stage(config, stage.name), checkpoint.assemble(folder, "ema"), fingerprint)
 

@@ -37,6 +37,7 @@ from lingen.runfolder import (
     refuse_other_experiment,
     run_folder,
     stage_folder,
+    with_earlier_stages,
     write_aside,
 )
 from lingen.step import StepResult, train_step
@@ -75,7 +76,7 @@ def train(config: Config, stop: StopSignal) -> int:
     dist = init(config.engine.device)
     inputs = dist.together(lambda: load_inputs(config, dist))
     refuse_impossible(config, make_plan(config, inputs.index), dist.world)
-    refuse_other_experiment(config)
+    dist.together(lambda: refuse_other_experiment(config))
     stages, start = find_start(config, inputs, dist)
     export_finished(config, dist)
     code = 0
@@ -94,7 +95,7 @@ def train(config: Config, stop: StopSignal) -> int:
 def open_run(config: Config, stages: list[StageConfig], start: Start, dist: Dist) -> Metrics:
     """Write the run's configuration down and open its records; the first thing that a start leaves on the disk."""
     if dist.rank == 0:
-        write_aside(run_folder(config) / "config.yaml", dump_config(config))
+        write_aside(run_folder(config) / "config.yaml", dump_config(with_earlier_stages(config)))
         print_choices(config, dist)
     return Metrics(
         run_folder(config),
@@ -103,13 +104,16 @@ def open_run(config: Config, stages: list[StageConfig], start: Start, dist: Dist
         run_config=config.model_dump(mode="json"),
         rank=dist.rank,
         resume_step=start.progress.step,
+        anew=None if start.resume else stages[0].name,
         total_samples=start.progress.samples - start.progress.stage_samples + sum(stage.samples for stage in stages),
     )
 
 
 def train_stages(run: Run, stages: list[StageConfig], start: Start) -> int:
     """One stage after the other, each from the final checkpoint of the one before."""
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if number and run.dist.any(run.stop.asked):
+            return EXIT_PREEMPTED  # between two stages all is saved
         final = train_stage(run, stage, start)
         if final is None:
             return EXIT_PREEMPTED
@@ -152,7 +156,7 @@ def run_steps(run: Run, stage: StageConfig, state: StageState, *, resumed: bool)
         result = take_step(run, stage, state, batches, time.perf_counter() - waiting_since)
         done = is_complete(stage, state.progress)
         refuse_too_many_holes(run, state, finished=done)
-        if result.stop and not done:
+        if result.stop:
             save(run, stage, state, final=False)  # before all else: whoever stops us may not wait
             return None
         if due(run.config.validation.every_steps, state.progress) and not done:
@@ -310,7 +314,7 @@ def save(run: Run, stage: StageConfig, state: StageState, *, final: bool) -> Pat
         dist=run.dist,
     )
     kept = config.checkpoint.keep_last
-    run.dist.together(lambda: checkpoint.prune(folder.parent, kept) if run.dist.rank == 0 else None)
+    run.dist.together(lambda: checkpoint.prune(folder, kept) if run.dist.rank == 0 else None)
     if final:
         export_finished(config, run.dist)
     return folder

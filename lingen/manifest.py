@@ -109,4 +109,9 @@ def step_folders(stage_dir: Path) -> list[Path]:
     if not stage_dir.is_dir():
         return []
     found = [p for p in stage_dir.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))

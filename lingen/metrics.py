@@ -39,13 +39,14 @@ class Metrics:
         run_config: dict[str, Any],
         rank: int,
         resume_step: int,
+        anew: str | None = None,
         total_samples: int,
     ) -> None:
         self._file: JsonLog | None = None
         self._others: list[ConsoleLog | WandbLog] = []
         if rank:
             return
-        self._file = JsonLog(run_dir / "metrics.jsonl", resume_step)
+        self._file = JsonLog(run_dir / "metrics.jsonl", resume_step, anew)
         if config.wandb != "disabled":
             self._others.append(WandbLog(run_dir, config, run_name, run_config))
         if config.console:  # last: its bar would be torn by what W&B prints at its start
@@ -115,10 +116,10 @@ def _parse(line: bytes) -> Record | None:
 class JsonLog:
     """metrics.jsonl: one JSON object a line, flushed with each record."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, anew: str | None) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._seen = _rewind(path, resume_step)
+            self._seen = _rewind(path, resume_step, anew)
             self._file = path.open("ab")
         except OSError as error:
             raise UserError(
@@ -145,15 +146,16 @@ class JsonLog:
         self._file.close()
 
 
-def _rewind(path: Path, resume_step: int) -> set[tuple[Any, ...]]:
-    """Drop the records after ``resume_step`` and a half-written last line; returns what was seen besides training."""
+def _rewind(path: Path, resume_step: int, anew: str | None) -> set[tuple[Any, ...]]:
+    """Drop the records after ``resume_step``, those of the stage that begins ``anew`` (an earlier start of it died
+    before its first checkpoint), and a half-written last line. Returns what was seen besides training."""
     if not path.exists():
         return set()
     seen = set()
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("wb") as kept:
         for line, record in _complete_lines(path):
-            if record["step"] <= resume_step:
+            if record["step"] <= resume_step and (anew is None or record.get("stage") != anew):
                 kept.write(line)
                 if record["kind"] != "train":
                     seen.add(_identity(record))

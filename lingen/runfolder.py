@@ -100,6 +100,13 @@ def refuse_other_experiment(config: Config) -> None:
             )
 
 
+def with_earlier_stages(config: Config) -> Config:
+    """``config`` and the stages that the run folder knows from earlier commands, in the order they came."""
+    path = run_folder(config) / "config.yaml"
+    earlier = read_config(path).stages if path.exists() else {}
+    return config.model_copy(update={"stages": {**earlier, **config.stages}})
+
+
 def _comparable(section: str, value: Any) -> Any:
     return value.model_dump(mode="json", exclude=FREE.get(section)) if hasattr(value, "model_dump") else value
 

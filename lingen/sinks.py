@@ -37,7 +37,6 @@ class WandbLog:
     def __init__(self, run_dir: Path, config: LoggerConfig, run_name: str, run_config: dict[str, Any]) -> None:
         import wandb  # half a second that no other user of this module should pay
 
-        self._error = wandb.Error
         mode, why = _mode(wandb) if config.wandb == "auto" else ("offline", "logger.wandb=offline")
         start = {
             "project": config.project,
@@ -53,13 +52,19 @@ class WandbLog:
             try:
                 self._run = wandb.init(mode=mode, resume="allow", **start)
                 why = str(self._run.url)
-            except wandb.Error as error:
+            except Exception as error:  # not all of W&B's are of one kind
                 mode, why = "offline", f"{' '.join(str(error).split())[:160]}"
+                wandb.teardown()  # else the run id is taken
+        self._alive = True
         if mode != "online":
-            self._run = wandb.init(mode=mode, **start)
+            try:
+                self._run = wandb.init(mode=mode, **start)
+            except Exception as error:
+                print(f"wandb: off ({' '.join(str(error).split())[:160]}); metrics.jsonl has it all", flush=True)
+                self._alive = False
+                return
         upload = f"; upload with: wandb sync {run_dir}/wandb/offline-*" if mode == "offline" else ""
         print(f"wandb: {mode} ({why}){upload}", flush=True)
-        self._alive = True
         for axis in AXES:
             self._run.define_metric(axis)
         self._run.define_metric("*", step_metric="samples")
@@ -81,7 +86,7 @@ class WandbLog:
         """W&B's trouble ends W&B, not the training: metrics.jsonl has it all."""
         try:
             send()
-        except (self._error, OSError) as error:
+        except Exception as error:
             self._alive = False
             print(f"wandb: no more records are sent, metrics.jsonl goes on: {error}", flush=True)
 

@@ -97,6 +97,69 @@ def test_a_signal_saves_after_the_very_step_it_came_in(start: Start) -> None:
     assert moments[0] == moments[1]
 
 
+def test_a_signal_in_the_last_step_leaves_the_rest_to_the_next_start(start: Start) -> None:
+    reference = start(name="reference")
+    for last in (4, 8):  # of either stage
+        run = start(stop_at=last)
+        assert lines(run, "validation")[-1]["at"] == "interval" or last == 4
+        assert trained(run)[-1][0] == last
+    assert start() == run and trained(run) == trained(reference)
+    assert [r["loss"] for r in lines(run, "validation")] == [r["loss"] for r in lines(reference, "validation")]
+
+
+def test_the_stage_that_init_from_names_may_go_on(start: Start) -> None:
+    source = start("stages.demo_image.samples=400", name="source", stop_at=3)
+    words = ["stage=demo_video", "stage.samples=16", f"stage.buckets={VIDEO}"]
+    words.append(f"init_from={source}/checkpoints/demo_image")
+    run = start(*words, stop_at=2)
+    for step, stop_at in ((4, 3), (15, None)):  # what we began with is kept first, then pruned
+        start("stages.demo_image.samples=400", name="source", stop_at=step)
+        assert (source / "checkpoints" / "demo_image" / "step_00000003").exists() == (step == 4)
+        start(*words, stop_at=stop_at)
+    assert trained(run)[-1][0] == 3 + 4
+
+
+def test_records_of_a_start_that_died_early_are_not_kept(start: Start) -> None:
+    first = start(name="first")
+    run = start("checkpoint.every_steps=100", stop_at=3)
+    shutil.rmtree(run / "checkpoints")
+    start(
+        "stage=demo_image",
+        "stage.samples=8",
+        "stage.buckets.0.batch_size=4",
+        f"init_from={first}/checkpoints/demo_image",
+    )
+    assert [step for step, *_ in trained(run)] == [5, 6]
+
+
+def test_a_chain_in_one_folder_is_remembered_and_may_be_rerun(start: Start) -> None:
+    image = ["stage=demo_image", "stage.samples=8", "stage.buckets.0.batch_size=4"]
+    run = start(*image)
+    start("stage=demo_video", "stage.samples=8", f"stage.buckets={VIDEO}", f"init_from={run}/checkpoints/demo_image")
+    start(*image)  # nothing is left of it to do
+    assert len(trained(run)) == 4
+    assert load_trained(run / "checkpoints" / "demo_image").config.stages.keys() == {"demo_image"}
+
+
+def test_a_finished_stage_is_not_made_longer(start: Start) -> None:
+    start()
+    with pytest.raises(UserError, match=r"stages\.demo_video\.samples=32, but .* finished that stage after 16"):
+        start("stages.demo_video.samples=32")
+
+
+def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start) -> None:
+    run = start()
+    shutil.rmtree(run / "export")
+    (shard,) = (run / "checkpoints" / "demo_image" / "step_00000004").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    start()
+    assert not (run / "export" / "demo_image").exists() and (run / "export" / "demo_video").exists()
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load_trained(run / "checkpoints" / "demo_image")
+
+
 def test_finished_stages_may_be_cleared_away(start: Start) -> None:
     run = start()
     before = (run / "metrics.jsonl").read_bytes()

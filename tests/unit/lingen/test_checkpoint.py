@@ -237,7 +237,7 @@ def test_pruning_keeps_the_newest_and_the_final_one(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step, engine, ema, final=step == 1)
     truncate(tmp_path / "step_00000004")
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path / "step_00000003", 1)
     # The damaged one is no checkpoint: it neither counts as kept nor is it removed.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003", "step_00000004"]
 
