@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+
+from lingen.files import write_file
 
 GAP = 2  # pixels between the frames of a contact sheet
 
@@ -35,7 +36,7 @@ def encode_mp4(pixels: npt.NDArray[np.uint8], fps: float) -> bytes:
 
 def write_mp4(path: Path, video: torch.Tensor, *, fps: float) -> None:
     """Write (3, F, H, W) uint8 as an mp4."""
-    _write_aside(path, encode_mp4(video.permute(1, 2, 3, 0).contiguous().numpy(), fps))
+    write_file(path, encode_mp4(video.permute(1, 2, 3, 0).contiguous().numpy(), fps))
 
 
 def write_contact_sheet(path: Path, video: torch.Tensor, *, most: int = 16, columns: int | None = None) -> None:
@@ -45,7 +46,7 @@ def write_contact_sheet(path: Path, video: torch.Tensor, *, most: int = 16, colu
     chosen = frames[np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))]
     sheet = io.BytesIO()
     Image.fromarray(tile_frames(chosen, columns)).save(sheet, format="png")
-    _write_aside(path, sheet.getvalue())
+    write_file(path, sheet.getvalue())
 
 
 def tile_frames(frames: npt.NDArray[np.uint8], columns: int | None = None) -> npt.NDArray[np.uint8]:
@@ -58,12 +59,3 @@ def tile_frames(frames: npt.NDArray[np.uint8], columns: int | None = None) -> np
         top, left = n // columns * (height + GAP), n % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = frame
     return sheet
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.decode import BadSample, ClipInfo
 from lingen.errors import UserError
+from lingen.files import rename, sync, write_file
 
 INDEX = "index.json"
 PARTIAL_INDEX = "index.partial.json"  # what a run that was stopped had written until then
@@ -272,7 +273,7 @@ class _Writer:
         if self.stream is None:
             return
         self.tar.close()
-        _sync(self.stream)
+        sync(self.stream)
         self.stream.close()
         self.stream = None
         path = self._temporary()
@@ -282,7 +283,7 @@ class _Writer:
         self.media_names, self.media_bytes = [], 0
         name = path.name.removesuffix(".tmp")
         self.shards.append(_ShardEntry(name=name, bytes=path.stat().st_size))
-        _rename(path, self.folder / name)
+        rename(path, self.folder / name)
 
     def finish(self, name: str) -> Summary:
         self.close_shard()
@@ -292,26 +293,3 @@ class _Writer:
 
     def _temporary(self) -> Path:
         return self.folder / f"shard-{len(self.shards):06d}.tar.tmp"
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """The file has all of ``content`` or is not there."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as stream:
-        stream.write(content)
-        _sync(stream)
-    _rename(aside, path)
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _rename(path: Path, to: Path) -> None:
-    path.replace(to)
-    folder = os.open(to.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

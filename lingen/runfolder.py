@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from lingen.compose import validate
 from lingen.config import Config
 from lingen.errors import UserError
+from lingen.files import write_file
 
 # What a run may not change from one start to the next: with another value it would be another experiment.
 FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema", "data", "validation")
@@ -69,14 +69,9 @@ def write_aside(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_file(path, text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; name a folder that can") from error
 

@@ -8,7 +8,6 @@ labels=[A,B], smoothing=STEPS (logged steps in the window of the training loss),
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,6 +19,7 @@ from lingen.comparison.read import load_runs
 from lingen.comparison.result import Result, as_json, measure
 from lingen.compose import parse
 from lingen.errors import UserError, run_main
+from lingen.files import write_file
 from lingen.output import make_folder, writing
 
 AxisName = Literal["samples", "tokens", "flops", "hours"]
@@ -62,12 +62,7 @@ def write_all(out: Path, files: dict[str, bytes]) -> None:
     """Each file is either the old one or the whole new one."""
     with writing(out):
         for name, content in files.items():
-            aside = out / f".{name}.tmp"
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(out / name)
+            write_file(out / name, content)
 
 
 def print_summary(result: Result) -> None:

@@ -21,11 +21,12 @@ from safetensors.torch import save
 from data.batch import Bucket
 from data.buckets import eligible, split, starts
 from data.decode import BadSample, decode_clip
-from data.shards import Index, load_index, read_member, write_file
+from data.shards import Index, load_index, read_member
 from lingen.autoencoder import PcaAutoencoder, fit_pca, to_float
 from lingen.compose import parse
 from lingen.config import DataConfig
 from lingen.errors import UserError, run_main
+from lingen.files import write_file
 from lingen.output import make_folder, writing
 
 

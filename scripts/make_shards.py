@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import track
 
 from data.decode import BadSample, probe
-from data.shards import INDEX, PARTIAL_INDEX, Record, refuse_used, write_file, write_shards
+from data.shards import INDEX, PARTIAL_INDEX, Record, refuse_used, write_shards
 from lingen.compose import parse
 from lingen.config import Share
 from lingen.errors import UserError, run_main
+from lingen.files import write_file
 
 MEDIA = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MANIFESTS = {".csv", ".jsonl"}

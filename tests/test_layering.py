@@ -15,7 +15,7 @@ import pytest
 
 # fmt: off
 ROWS = (
-    ("lingen.errors", "lingen.config", "lingen.compose"),
+    ("lingen.errors", "lingen.files", "lingen.config", "lingen.compose"),
     ("lingen.curriculum", "lingen.dist", "lingen.output", "lingen.runfolder"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
@@ -30,7 +30,7 @@ ROWS = (
 )
 # Rooms that see less than the rows above them.
 ONLY = {
-    "data": ("lingen.errors", "lingen.config", "lingen.compose", "data"),
+    "data": ("lingen.errors", "lingen.files", "lingen.config", "lingen.compose", "data"),
     "lingen.kernels": ("lingen.kernels",),
     "lingen.models": ("lingen.errors", "lingen.config", "lingen.kernels", "lingen.models"),
 }

@@ -1,0 +1,32 @@
+"""Files that are either the old one or the whole new one, also after a power cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace ``path`` by a file that has all of ``content``."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("wb") as stream:
+        stream.write(content)
+        sync(stream)
+    rename(aside, path)
+
+
+def sync(stream: IO[bytes]) -> None:
+    """Force what was written to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def rename(path: Path, to: Path) -> None:
+    """Rename a file within its folder, and make the folder remember it."""
+    path.replace(to)
+    folder = os.open(to.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
