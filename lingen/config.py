@@ -1,4 +1,4 @@
-"""The schema of a run: every key, its default and its bounds, once. Composition lives in ``lingen.compose``.
+"""The schema of a run: every key, its default and its bounds, once (the model's in ``lingen.model_config``).
 
 Nothing else in the project sees a DictConfig; a value that is not in this file cannot be set.
 """
@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+
+from lingen.model_config import KernelsConfig, ModelConfig, Section, SizeConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -26,65 +28,6 @@ def _safe_name(name: str) -> str:
 
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Name = Annotated[str, AfterValidator(_safe_name)]
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class MateConfig(Section):
-    """The MATE block of LinGen. What the paper does not publish is ours; docs/models.md gives the reasons."""
-
-    window: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 8, 8)  # TESA window (T, H, W) in tokens: 256 tokens
-    review_pool: tuple[PositiveInt, PositiveInt, PositiveInt] = (
-        2,
-        2,
-        2,
-    )  # average pooling that makes the review tokens
-    expand: PositiveInt = 2
-    mamba_head_dim: PositiveInt = 64
-    conv_kernel: PositiveInt = 4
-    chunk_size: PositiveInt = 64
-
-
-class ModelConfig(Section):
-    """Which mixer the backbone gets: that is the whole difference between LinGen and DiT."""
-
-    name: Literal["lingen", "dit"]
-    mate: MateConfig | None = None  # for LinGen alone
-
-    @model_validator(mode="after")
-    def _mate_for_lingen(self) -> ModelConfig:
-        if (self.name == "lingen") != (self.mate is not None):
-            raise ValueError("model.mate belongs to model=lingen, and model=dit has none")
-        return self
-
-
-class DepthConfig(Section):
-    """Layers of each model, so that both have about the same parameter count."""
-
-    lingen: PositiveInt
-    dit: PositiveInt
-
-
-class SizeConfig(Section):
-    """Width and depth. ``patch`` is (T, H, W) in latent positions."""
-
-    name: str
-    d_model: PositiveInt
-    depth: DepthConfig
-    head_dim: PositiveInt = 64
-    mlp_ratio: PositiveInt = 4
-    d_state: PositiveInt = 64
-    patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> SizeConfig:
-        if self.d_model % self.head_dim or self.head_dim % 2:
-            raise ValueError(f"d_model={self.d_model} must be a multiple of an even head_dim={self.head_dim}")
-        return self
 
 
 class BucketConfig(Section):
@@ -265,6 +208,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     engine: EngineConfig = EngineConfig()
+    kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     sampler: SamplerConfig = SamplerConfig()

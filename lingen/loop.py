@@ -28,7 +28,7 @@ from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
 from lingen.errors import UserError
 from lingen.export import export_finished
 from lingen.flow import bucket_shift
-from lingen.kernels.ssd import ssd_form
+from lingen.kernels import forms
 from lingen.metrics import Metrics
 from lingen.plan import TRAIN_FLOPS, make_plan, print_plan, refuse_impossible
 from lingen.runfolder import (
@@ -74,6 +74,7 @@ def train(config: Config, stop: StopSignal) -> int:
         UserError: before anything is allocated, where the configuration and what lies on disk cannot work together.
     """
     dist = init(config.engine.device)
+    dist.together(lambda: choose_kernels(config, dist))
     inputs = dist.together(lambda: load_inputs(config, dist))
     refuse_impossible(config, make_plan(config, inputs.index), dist.world)
     dist.together(lambda: refuse_other_experiment(config))
@@ -124,12 +125,21 @@ def train_stages(run: Run, stages: list[StageConfig], start: Start) -> int:
 def print_choices(config: Config, dist: Dist) -> None:
     """What was chosen for this machine, said once."""
     engine = f"DeepSpeed ZeRO-{config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "torch"
-    scan = f", scan: {ssd_form(dist.device)}" if config.model.name == "lingen" else ""
     print(
         f"{run_folder(config)}: {config.model.name} {config.size.name}, {engine} in {config.engine.dtype}, "
-        f"{dist.world} x {dist.device.type}{scan}",
+        f"{dist.world} x {dist.device.type}; kernels: {forms.describe(dist.device)}",
         flush=True,
     )
+
+
+def choose_kernels(config: Config, dist: Dist) -> None:
+    """Raises:
+    UserError: a form of a kernel was asked for that this machine does not have.
+    """
+    try:
+        forms.ask(config.kernels.model_dump(), dist.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:

@@ -15,8 +15,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # One thread a process: tests run beside each other, and a sum has one order.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-os.environ.update(OMP_NUM_THREADS="1")  # for this process too, whose torch is imported later
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "TRITON_INTERPRET": "0",
+}
+# For this process, before torch and Triton are imported. Triton's kernels run in its interpreter, on any machine.
+os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", MAMBA_DETERMINISTIC="1")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

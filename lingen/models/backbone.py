@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lingen.kernels.index import Grid
 from lingen.models.block import NORM_EPS, Block
-from lingen.models.embed import (
-    Grid,
-    SigmaEmbedding,
-    TextProjection,
-    patchify,
-    position_embedding,
-    token_grid,
-    unpatchify,
-)
+from lingen.models.embed import SigmaEmbedding, TextProjection, patchify, position_embedding, token_grid, unpatchify
 
 
 class Head(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lingen.models.embed import Grid
+from lingen.kernels.index import Grid
 
 NORM_EPS = 1e-6
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-Grid = tuple[int, int, int]
+from lingen.kernels.index import Grid
 
 REFERENCE_SIDE = 16  # tokens on a side of a square frame of 256 pixels, where a token is one unit of space
 SPACE_WAVELENGTHS = (2.0, 64.0)  # units; the longest one is unambiguous over a field of 16 units, even a wide one

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lingen.models.embed import Grid, rotary_table, rotate, token_spacing
+from lingen.kernels.index import Grid
+from lingen.models.embed import rotary_table, rotate, token_spacing
 
 NORM_EPS = 1e-6
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lingen.kernels.index import Grid
 from lingen.kernels.ssd import MAX_ELEMENTS, ssd, ssd_flops
-from lingen.models.embed import Grid
 
 NORM_EPS = 1e-6
 DT_RANGE = (1e-3, 1e-1)  # time steps at the start (Mamba2's reference values)

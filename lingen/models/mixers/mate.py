@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lingen.models.embed import Grid
+from lingen.kernels.index import Grid
 from lingen.models.mixers.mamba2 import BidirectionalMamba2
 from lingen.models.mixers.scan import scan_order
 from lingen.models.mixers.window import WindowAttention

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lingen.models.embed import Grid
+from lingen.kernels.index import Grid
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lingen.models.embed import Grid, token_spacing
+from lingen.kernels.index import Grid
+from lingen.models.embed import token_spacing
 from lingen.models.mixers.attention import RotaryQKV
 
 

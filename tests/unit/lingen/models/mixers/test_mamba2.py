@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lingen.models.embed import Grid
+from lingen.kernels.index import Grid
 from lingen.models.mixers.mamba2 import BidirectionalMamba2, review_count, review_tokens
 
 D, P, S = 8, 4, 3

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from lingen.models.embed import Grid, rotary_table, rotate, token_spacing
+from lingen.kernels.index import Grid
+from lingen.models.embed import rotary_table, rotate, token_spacing
 from lingen.models.mixers.window import WindowAttention, merge, partition, tile
 
 D, P = 24, 12

@@ -1,0 +1,30 @@
+"""Where a layer's scan reads and where its results go: the one table that takes the place of every reorder.
+
+Shapes: N tokens of the grid (T, H, W) in natural order (W fastest), R review tokens, M = R + N scan positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ScanIndex:
+    """A permutation of [reviews, tokens], review rows 0..R-1 and then token rows, that maps each part onto itself.
+
+    The forward direction reads row ``source[m]`` at position m. The backward direction is its mirror image, part by
+    part: it reads row ``source[R - 1 - m]`` at m < R, and row ``source[M - 1 - (m - R)]`` at m >= R.
+    """
+
+    source: Tensor  # (M,) int32: the row that the forward direction reads at each position
+    place: Tensor  # (M,) int32: the inverse, the forward position at which each row is read
+    reviews: int  # R
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.source.shape[0] - self.reviews
