@@ -1,0 +1,88 @@
+"""The choice of a kernel's form: the fastest that there is, what was asked for, or an error."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lingen.kernels import forms
+from lingen.model_config import KernelsConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    forms.ask({}, CPU)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """As if these packages, and no other of those that a form needs, were there; and no interpreter."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    forms.chosen.cache_clear()
+
+
+def test_the_schema_offers_each_kernel_and_form() -> None:
+    offered = {
+        name: list(field.annotation.__args__)  # type: ignore[union-attr]
+        for name, field in KernelsConfig.model_fields.items()
+    }
+    assert offered == {kernel: ["auto", *names] for kernel, names in forms.FORMS.items()}
+
+
+def test_a_cpu_takes_torch() -> None:
+    assert {kernel: forms.chosen(kernel, CPU) for kernel in forms.FORMS} == {
+        kernel: "sdpa" if kernel == "attention" else "torch" for kernel in forms.FORMS
+    }
+    assert "ssd torch" in forms.describe(CPU) and "attention sdpa" in forms.describe(CPU)
+
+
+def test_a_gpu_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "triton", "mamba_ssm")
+    assert forms.chosen("conv", GPU) == "triton" and forms.chosen("ssd", GPU) == "mamba-ssm"
+    installed(monkeypatch)
+    assert forms.chosen("conv", GPU) == "torch" and forms.chosen("ssd", GPU) == "torch"
+
+
+def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "triton")
+    forms.ask({"conv": "torch", "norm": "auto"}, GPU)
+    assert forms.chosen("conv", GPU) == "torch" and forms.chosen("norm", GPU) == "triton"
+    forms.ask({}, GPU)
+    assert forms.chosen("conv", GPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form", "device", "words"),
+    [
+        ("conv", "triton", GPU, "kernels.conv=triton cannot run here: the package triton is not installed"),
+        ("window", "cuda", GPU, "kernels.window=cuda is no form of it; there are auto, triton, torch"),
+        ("convolution", "torch", GPU, "convolution is no kernel"),
+    ],
+)
+def test_what_is_missing_is_an_error_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, form: str, device: torch.device, words: str
+) -> None:
+    installed(monkeypatch)
+    forms.ask({"norm": "torch"}, device)
+    with pytest.raises(ValueError, match=words):
+        forms.ask({kernel: form}, device)
+    assert forms.chosen("norm", device) == "torch"
+
+
+def test_a_gpu_form_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "triton")
+    with pytest.raises(ValueError, match=r"it needs a GPU, and the device is cpu; set kernels\.conv=auto"):
+        forms.ask({"conv": "triton"}, CPU)
+
+
+def test_a_run_that_asks_for_a_missing_form_ends_before_it_begins(world, python, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    done = python("train.py", *world.words, "name=x", f"runs_dir={tmp_path}", "kernels.window=triton")
+    assert done.returncode == 2 and "kernels.window=triton cannot run here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
