@@ -43,7 +43,7 @@ def gather_rows(x: Tensor, forward_index: Tensor, inverse_index: Tensor) -> Tens
     Returns:
         (B, L, ...), contiguous.
     """
-    gathered: Tensor = _GatherRows.apply(x, forward_index, inverse_index)
+    gathered: Tensor = _GatherRows.apply(x, forward_index, inverse_index)  # type: ignore[no-untyped-call]
     return gathered
 
 
