@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Sides = tuple[PositiveInt, PositiveInt, PositiveInt]  # (T, H, W)
+Scan = Literal["rotary", "fixed", "zigzag", "hilbert"]  # fixed: spatial row-major in every layer
 
 
 class Section(BaseModel):
@@ -24,7 +25,7 @@ class MateConfig(Section):
 
     ma: bool = True  # the MA-branch: the Mamba over the whole video
     te: bool = True  # the TE-branch: attention in windows
-    scan: Literal["rotary", "fixed", "zigzag", "hilbert"] = "rotary"  # fixed: spatial row-major in every layer
+    scan: Scan = "rotary"
     ssm: Literal["mamba2", "mamba1"] = "mamba2"
     projections: Literal["shared", "separate"] = "shared"  # of the two directions
     window: Sides = (4, 8, 8)  # TESA window (T, H, W) in tokens: 256 tokens
@@ -83,6 +84,7 @@ class KernelsConfig(Section):
     """Which form of each kernel computes it; auto is the fastest that the device has. A missing one is an error."""
 
     ssd: Literal["auto", "mamba-ssm", "torch"] = "auto"
+    selective_scan: Literal["auto", "mamba-ssm", "torch"] = "auto"
     conv: Literal["auto", "triton", "torch"] = "auto"
     norm: Literal["auto", "triton", "torch"] = "auto"
     window: Literal["auto", "triton", "torch"] = "auto"

@@ -15,11 +15,15 @@ import torch
 
 FORMS: dict[str, tuple[str, ...]] = {
     "ssd": ("mamba-ssm", "torch"),
+    "selective_scan": ("mamba-ssm", "torch"),
     "conv": ("triton", "torch"),
     "norm": ("triton", "torch"),
     "window": ("triton", "torch"),
     "attention": ("flash-attn", "cudnn", "flash", "sdpa", "torch"),
 }  # the fastest first
+# What a form imports; and a kernel besides, where it is not Triton's but an extension that not every build has.
+_MODULES = {"triton": ("triton",), "mamba-ssm": ("mamba_ssm", "triton"), "flash-attn": ("flash_attn",)}
+_EXTENSIONS = {"selective_scan": ("selective_scan_cuda",)}
 _asked: dict[str, str] = {}
 
 
@@ -68,9 +72,10 @@ def missing(kernel: str, form: str, device: torch.device) -> str | None:
     """Why ``form`` cannot run on ``device``, or None where it can."""
     if form in ("torch", "sdpa"):
         return None
-    module = {"triton": "triton", "mamba-ssm": "mamba_ssm", "flash-attn": "flash_attn"}.get(form)
-    if module is not None and importlib.util.find_spec(module) is None:
-        return f"the package {form} is not installed"
-    if device.type != "cuda" and not (interpreted() and form in ("triton", "mamba-ssm")):
+    for module in (*_MODULES.get(form, ()), *_EXTENSIONS.get(kernel, ())):
+        if importlib.util.find_spec(module) is None:
+            return f"the package {module} is not installed"
+    interprets = interpreted() and form in ("triton", "mamba-ssm") and kernel not in _EXTENSIONS
+    if device.type != "cuda" and not interprets:
         return f"it needs a GPU, and the device is {device.type}"
     return None

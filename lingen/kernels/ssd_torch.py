@@ -13,6 +13,7 @@ tokens of 16 heads they need 0.7 GiB beyond the inputs where autograd needs 4.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,12 @@ def scan_torch(
     return y.to(x.dtype), state.permute(0, 2, 3, 1).contiguous()
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Inside, matmuls keep their dtype; the meta device has no autocast to switch off."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
 class _BlockScan(torch.autograd.Function):
     """The walk over groups and blocks; ``_forward_block`` and ``_backward_block`` do the work."""
 
@@ -49,7 +56,7 @@ class _BlockScan(torch.autograd.Function):
         y = torch.empty_like(x, dtype=dt.dtype, memory_format=torch.contiguous_format)  # (B, L, H, P)
         starts = state.new_empty((len(blocks) + 1, *state.shape))  # the last one is the final state
         starts[0] = state
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for g, hs in _groups(x.shape[2], B.shape[2]):
                 for k, (ts, q) in enumerate(blocks):
                     block = _cut(x[:, ts, hs], dt[:, ts, hs], A[hs], B[:, ts, g], C[:, ts, g], q)
@@ -67,7 +74,7 @@ class _BlockScan(torch.autograd.Function):
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
         dA, dD = torch.zeros_like(A), None if D is None else torch.zeros_like(D)
         d_state = d_state.contiguous().clone()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for g, hs in _groups(x.shape[2], B.shape[2]):
                 for k, (ts, q) in reversed(list(enumerate(ctx.blocks))):
                     block = _cut(x[:, ts, hs], dt[:, ts, hs], A[hs], B[:, ts, g], C[:, ts, g], q)
