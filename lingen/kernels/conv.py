@@ -11,15 +11,18 @@ k taps. The ``_ref`` forms are pure torch: they define the truth, and are what t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lingen.kernels import forms
-from lingen.kernels.index import Grid, ScanIndex, gather_rows
+from lingen.kernels.index import Grid, ScanIndex
 
 MAX_ELEMENTS = 2**31 - 1  # beyond them torch's depthwise kernels refuse, and some of cuDNN's are wrong
+BLOCK_ELEMENTS = 1 << 18  # of one (B, positions, channels) tensor of a block: 1 MiB in fp32
 
 
 def scan_conv(tokens: Tensor, reviews: Tensor, weight: Tensor, bias: Tensor, index: ScanIndex, *, inner: int) -> Tensor:
@@ -55,33 +58,118 @@ def scan_conv_ref(
 ) -> Tensor:
     """``scan_conv`` in pure torch: the same arguments, result and errors."""
     _check_conv(tokens, reviews, weight, bias, index, inner)
-    x = _scan_order(tokens, reviews, index, inner)  # (B, M, 2C)
-    slices = x.numel() // MAX_ELEMENTS + 1
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    parts = zip(x.chunk(slices, dim=-1), weight.chunk(slices), bias.chunk(slices), strict=True)
-    outputs = [F.silu(_convolve(*part)) for part in parts]
-    return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+    return F.silu(_ScanConv.apply(tokens, reviews, weight, bias, index, inner))  # type: ignore[no-untyped-call]
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, M, channels), (channels, k), (channels,) -> (B, M, channels).
+class _ScanConv(torch.autograd.Function):
+    """The gather into scan order, convolution and bias. Both gradients are written out: of an index_select torch makes
+    a scatter, and its depthwise weight gradient takes a CPU seven times what ``_weight_gradient`` does."""
 
-    As a 2D convolution on channels-last memory, and with the bias outside: on a CPU half the time of ``conv1d``.
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, reviews: Tensor, weight: Tensor, bias: Tensor, index: ScanIndex, inner: int
+    ) -> Tensor:
+        x = _gather(tokens, reviews, index, inner, ahead=weight.shape[1] - 1)  # (B, k-1 + M, 2C)
+        ctx.save_for_backward(x, weight, index.source, index.place)
+        ctx.reviews, ctx.directions, ctx.inner, ctx.bias_dtype = index.reviews, tokens.shape[2], inner, bias.dtype
+        return _depthwise(x, weight.to(x.dtype), bias.to(x.dtype), padding=0)  # (B, M, 2C)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, source, place = ctx.saved_tensors
+        ahead = weight.shape[1] - 1
+        # Position m was seen by m to m+k-1: the same convolution, of what follows and with the taps mirrored.
+        d_x = _depthwise(grad, weight.flip(1).to(x.dtype), None, padding=ahead)[:, ahead:]  # (B, M, 2C)
+        d_tokens, d_reviews = _gather_back(d_x, ScanIndex(source, place, ctx.reviews), ctx.directions, ctx.inner)
+        d_weight = _weight_gradient(x, grad, ahead + 1).to(weight.dtype)
+        d_bias = grad.sum((0, 1), dtype=_accumulator(grad)).to(ctx.bias_dtype)
+        return d_tokens, d_reviews, d_weight, d_bias, None, None
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """x (B, length, channels), weight (channels, k), bias (channels,) -> (B, length - k + 1 + 2 padding, channels).
+
+    As a 2D convolution on channels-last memory: on a CPU half the time of ``conv1d``. In slices of the channels where
+    one tensor would pass ``MAX_ELEMENTS`` (68 s of 512p at 4B does).
     """
-    padded = F.pad(x, (0, 0, weight.shape[1] - 1, 0)).transpose(1, 2).unsqueeze(2)  # (B, channels, 1, M + k - 1)
-    y = F.conv2d(padded, weight[:, None, None], groups=x.shape[-1])  # (B, channels, 1, M)
-    return y.squeeze(2).transpose(1, 2) + bias
+    x = x.transpose(1, 2).unsqueeze(2)  # (B, channels, 1, length)
+    size = max(1, MAX_ELEMENTS // (x.shape[0] * (x.shape[3] + 2 * padding)))  # channels of a slice
+    outputs = []
+    for start in range(0, x.shape[1], size):
+        at = slice(start, start + size)
+        taps, shift = weight[at, None, None], None if bias is None else bias[at]
+        outputs.append(F.conv2d(x[:, at], taps, shift, padding=(0, padding), groups=taps.shape[0]))
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)  # (B, channels, 1, length - k + 1 + 2 padding)
+    return y.squeeze(2).transpose(1, 2)
 
 
-def _scan_order(tokens: Tensor, reviews: Tensor, index: ScanIndex, inner: int) -> Tensor:
-    """(B, N, d, C), (B, R, d, C) -> (B, M, 2C): both directions side by side, channels as in ``scan_conv``."""
-    rows = torch.cat((reviews, tokens), dim=1)  # (B, M, d, C)
-    directions = (
-        gather_rows(rows[:, :, 0], index.source, index.place),
-        gather_rows(rows[:, :, -1], _mirrored(index.source, index.reviews), _mirror_place(index)),
-    )  # (B, M, C) each
-    x, groups = zip(*(torch.split(t, [inner, t.shape[-1] - inner], dim=-1) for t in directions), strict=True)
-    return torch.cat((*x, *groups), dim=-1)
+def _weight_gradient(x: Tensor, grad: Tensor, taps: int) -> Tensor:
+    """The inputs x (B, k-1 + M, channels) and the gradient of the results (B, M, channels) -> (channels, k).
+
+    In blocks of positions that stay in the cache.
+    """
+    batch, length, channels = grad.shape
+    total = torch.zeros(taps, channels, dtype=_accumulator(x), device=x.device)
+    rows = max(1, BLOCK_ELEMENTS // (batch * channels))
+    for start, part in zip(range(0, length, rows), grad.split(rows, dim=1), strict=True):
+        part = part.to(total.dtype)
+        for tap in range(taps):
+            total[tap] += (part * x[:, start + tap : start + tap + part.shape[1]]).sum((0, 1))
+    return total.t()
+
+
+class _BothDirections(torch.autograd.Function):
+    """``_gather`` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, reviews: Tensor, index: ScanIndex, inner: int) -> Tensor:
+        ctx.save_for_backward(index.source, index.place)
+        ctx.reviews, ctx.directions, ctx.inner = index.reviews, tokens.shape[2], inner
+        return _gather(tokens, reviews, index, inner)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index = ScanIndex(*ctx.saved_tensors, ctx.reviews)
+        return *_gather_back(grad, index, ctx.directions, ctx.inner), None, None
+
+
+def _gather(tokens: Tensor, reviews: Tensor, index: ScanIndex, inner: int, ahead: int = 0) -> Tensor:
+    """(B, N, d, C), (B, R, d, C) -> (B, ahead + M, 2C): both directions side by side, ``ahead`` rows of zeros first."""
+    R, backward = index.reviews, _mirrored(index.source, index.reviews)
+    out = tokens.new_empty(tokens.shape[0], ahead + index.source.shape[0], 2 * tokens.shape[3])
+    out[:, :ahead] = 0
+    for direction, source in ((0, index.source), (-1, backward)):
+        for channels, to in _channels(tokens.shape[3], inner, direction):
+            for rows, order, at in ((reviews, source[:R], ahead), (tokens, source[R:] - R, ahead + R)):
+                into = out[:, at : at + rows.shape[1], to]
+                torch.index_select(rows[:, :, direction, channels], 1, order, out=into)
+    return out
+
+
+def _gather_back(grad: Tensor, index: ScanIndex, directions: int, inner: int) -> tuple[Tensor, Tensor]:
+    """The gradient of ``_gather``'s result (B, M, 2C) -> those of tokens (B, N, d, C) and reviews (B, R, d, C)."""
+    (batch, _, channels), R = grad.shape, index.reviews
+    d_tokens = grad.new_empty(batch, index.tokens, directions, channels // 2)
+    d_reviews = grad.new_empty(batch, R, directions, channels // 2)
+    for direction, place in ((0, index.place), (-1, _mirror_place(index))):
+        for to, at in _channels(channels // 2, inner, direction):
+            for rows, order in ((d_reviews, place[:R]), (d_tokens, place[R:])):
+                into = rows[:, :, direction, to]
+                if direction == 0 or directions == 2:
+                    torch.index_select(grad[..., at], 1, order, out=into)
+                else:
+                    into += grad[..., at].index_select(1, order)
+    return d_tokens, d_reviews
+
+
+def _channels(channels: int, inner: int, direction: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a direction's x, and its B and C, lie among a projection's channels, and where in the result."""
+    groups, side = channels - inner, abs(direction)
+    x = slice(side * inner, (side + 1) * inner)
+    bc = slice(2 * inner + side * groups, 2 * inner + (side + 1) * groups)
+    return (slice(0, inner), x), (slice(inner, channels), bc)
 
 
 def _mirrored(source: Tensor, reviews: int) -> Tensor:
@@ -93,6 +181,11 @@ def _mirror_place(index: ScanIndex) -> Tensor:
     """The inverse of ``_mirrored``, (M,): at which backward position each row is read."""
     place, reviews, length = index.place, index.reviews, index.place.shape[0]
     return torch.cat((reviews - 1 - place[:reviews], reviews + length - 1 - place[reviews:]))
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """What sums over x are kept in: fp32, or fp64 where x is fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def scan_steps(dt: Tensor, reviews_dt: Tensor, bias: Tensor, index: ScanIndex) -> Tensor:
@@ -123,9 +216,9 @@ def scan_steps_ref(dt: Tensor, reviews_dt: Tensor, bias: Tensor, index: ScanInde
     """``scan_steps`` in pure torch: the same arguments, result and errors."""
     _check_rows("dt", dt, "reviews_dt", reviews_dt, index)
     _check_parameter("bias", bias, (2 * dt.shape[3],), dt)
-    dtype = torch.promote_types(dt.dtype, torch.float32)
-    gathered = _scan_order(dt, reviews_dt, index, dt.shape[3])  # (B, M, 2h)
-    return F.softplus(gathered.to(dtype) + bias.to(dtype))
+    dtype = _accumulator(dt)
+    steps: Tensor = _BothDirections.apply(dt, reviews_dt, index, dt.shape[3])  # type: ignore[no-untyped-call]
+    return F.softplus(steps.to(dtype) + bias.to(dtype))  # (B, M, 2h)
 
 
 def review_grid(grid: Grid, pool: Grid) -> Grid:
