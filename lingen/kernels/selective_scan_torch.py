@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from lingen.kernels.ssd_torch import without_autocast
 
 CHUNK = 16  # tokens
-BLOCK_ELEMENTS = {"cpu": 1 << 20}  # of one (B, tokens, G, S, e) tensor: on a CPU it stays near the cache,
+BLOCK_ELEMENTS = {"cpu": 1 << 19}  # of one (B, tokens, G, S, e) tensor: on a CPU it stays near the cache,
 BLOCK_ELEMENTS_ELSEWHERE = 1 << 26  # and a GPU wants much work in few launches
 
 
