@@ -61,15 +61,15 @@ def token_spacing(grid: Grid) -> float:
     return REFERENCE_SIDE / math.sqrt(grid[1] * grid[2])
 
 
-def _axis_angles(extent: Grid, spacing: float, pairs: int) -> list[Tensor]:
+def _axis_angles(grid: Grid, pairs: int) -> list[Tensor]:
     """Phases in radians along T, H and W, (size, count) each: the counts share out ``pairs``, time takes the rest.
 
     Time counts latent frames (each lasts a fixed time) from 0; space is centred. Wavelengths are spaced evenly in their
     logarithm. Always computed on the CPU, in double precision: the same bits for every device.
     """
-    space = pairs // 3
+    space, spacing = pairs // 3, token_spacing(grid)
     phases = []
-    for axis, size in enumerate(extent):
+    for axis, size in enumerate(grid):
         index = torch.arange(size, dtype=torch.float64, device="cpu")
         at = index if axis == 0 else (index - (size - 1) / 2) * spacing
         count, (short, long) = (pairs - 2 * space, TIME_WAVELENGTHS) if axis == 0 else (space, SPACE_WAVELENGTHS)
@@ -92,7 +92,7 @@ def _lay_out(axes: Sequence[Tensor]) -> Tensor:
 @torch.inference_mode(False)  # a table first made while sampling must serve training too
 def _axis_waves(grid: Grid, d_model: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Sines and cosines along each axis: small enough to keep, where the whole embedding is not."""
-    angles = _axis_angles(grid, token_spacing(grid), d_model // 2)
+    angles = _axis_angles(grid, d_model // 2)
     return [torch.cat((phase.sin(), phase.cos()), dim=-1).to(device, dtype) for phase in angles]
 
 
@@ -101,25 +101,14 @@ def position_embedding(grid: Grid, d_model: int, dtype: torch.dtype, device: tor
     return _lay_out(_axis_waves(grid, d_model, dtype, device))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # each holds 2NP numbers
 @torch.inference_mode(False)
-def rotary_table(
-    extent: Grid, spacing: float, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines, each (n, 1, 1, P), of 3D rotary positions in a box of n = ``extent`` tokens.
-
-    Only differences of positions matter to attention, so one table serves every window of a grid.
-    """
-    angles = _axis_angles(extent, spacing, head_dim // 2)
-    cosines = _lay_out([phase.cos().to(device, dtype) for phase in angles])[:, None, None]  # (n, 1, 1, P/2)
+def rotary_table(grid: Grid, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines, each (N, 1, 1, P), of the 3D rotary positions of a token grid (RoFormer, eq. 34)."""
+    angles = _axis_angles(grid, head_dim // 2)
+    cosines = _lay_out([phase.cos().to(device, dtype) for phase in angles])[:, None, None]  # (N, 1, 1, P/2)
     sines = _lay_out([phase.sin().to(device, dtype) for phase in angles])[:, None, None]
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the channel pairs (i, i + P/2) of x (B, n, 2, heads, P) by their positions (RoFormer, eq. 34)."""
-    cosines, signed_sines = table
-    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, dims=-1), signed_sines)
 
 
 # ---------------------------------------------------------------------------------------------------- conditions

@@ -1,22 +1,26 @@
 """Full self-attention over all tokens: the DiT's mixer, and the projections that TESA's windows share with it.
 
-Shapes: B batch, N tokens of the grid (T, H, W), D d_model, h heads of P channels.
+Shapes: B batch, N tokens of the grid (T, H, W) in natural order, D d_model, h heads of P channels.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lingen.kernels.attention import attention
 from lingen.kernels.index import Grid
-from lingen.models.embed import rotary_table, rotate, token_spacing
+from lingen.kernels.norm import norm_rotate
+from lingen.models.embed import rotary_table
 
 NORM_EPS = 1e-6
 
 
 class RotaryQKV(nn.Module):
-    """Queries, keys and values; queries and keys RMS-normed (bf16 logits stay small) and rotated by position."""
+    """Queries, keys and values; queries and keys RMS-normed (bf16 logits stay small) and rotated by position.
+
+    The positions are those on the grid. Attention sees only their differences, which are the same inside a window.
+    """
 
     def __init__(self, d_model: int, head_dim: int) -> None:
         super().__init__()
@@ -29,13 +33,15 @@ class RotaryQKV(nn.Module):
         """A plain RMS norm at the start."""
         nn.init.ones_(self.scale)
 
-    def forward(self, x: Tensor, extent: Grid, spacing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, n, D), the tokens of a box of ``extent`` -> q, k, v (B, h, n, P)."""
-        qkv = self.linear(x).unflatten(-1, (3, -1, self.head_dim))  # (B, n, 3, h, P)
-        qk, v = qkv.split((2, 1), dim=2)  # (B, n, 2, h, P), (B, n, 1, h, P)
-        qk = F.rms_norm(qk, (self.head_dim,), eps=NORM_EPS) * self.scale
-        q, k = rotate(qk, rotary_table(extent, spacing, self.head_dim, x.dtype, x.device)).unbind(2)  # (B, n, h, P)
-        return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D) -> q, k, v (B, N, h, P)."""
+        qkv = self.linear(x).unflatten(-1, (3, -1, self.head_dim))  # (B, N, 3, h, P)
+        table = rotary_table(grid, self.head_dim, x.dtype, x.device)  # (N, 1, 1, P) each
+        return norm_rotate(qkv, self.scale, table, eps=NORM_EPS)
+
+    def flops(self, grid: Grid) -> int:
+        """Forward FLOPs of one sample."""
+        return 2 * grid[0] * grid[1] * grid[2] * self.linear.in_features * self.linear.out_features
 
 
 class FullAttention(nn.Module):
@@ -48,12 +54,11 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        q, k, v = self.qkv(x, grid, token_spacing(grid))  # (B, h, N, P)
-        seen = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, P)
-        out: Tensor = self.out(seen.transpose(1, 2).flatten(2))  # (B, N, D)
+        q, k, v = self.qkv(x, grid)  # (B, N, h, P)
+        out: Tensor = self.out(attention(q, k, v).flatten(2))  # (B, N, D)
         return out
 
     def flops(self, grid: Grid) -> int:
         """Forward FLOPs of one sample: 2*4ND^2 for the projections, 4N^2 D for scores and their weighted sum."""
         tokens, d_model = grid[0] * grid[1] * grid[2], self.out.in_features
-        return 8 * tokens * d_model**2 + 4 * tokens**2 * d_model
+        return self.qkv.flops(grid) + 4 * tokens**2 * d_model + 2 * tokens * d_model**2

@@ -13,7 +13,6 @@ from lingen.models.embed import (
     patchify,
     position_embedding,
     rotary_table,
-    rotate,
     token_spacing,
     unpatchify,
 )
@@ -70,14 +69,15 @@ def test_a_frame_has_the_same_area_at_every_shape() -> None:
 
 def test_rotation_keeps_lengths_and_sees_only_differences_of_positions() -> None:
     torch.manual_seed(0)
-    extent, channels = (3, 4, 5), 12
-    table = rotary_table(extent, 0.7, channels, torch.float64, CPU)
-    same = torch.randn(1, 1, 2, 1, channels, dtype=torch.float64).expand(1, 60, 2, 1, channels)
-    turned = rotate(same, table)
-    torch.testing.assert_close(turned.norm(dim=-1), same.norm(dim=-1))
-    q, k = (side.view(*extent, channels) for side in turned[0, :, :, 0].unbind(1))
-    torch.testing.assert_close(q[0, 0, 0] @ k[1, 2, 1], q[1, 1, 3] @ k[2, 3, 4])  # both (1, 2, 1) apart
-    assert not torch.allclose(q[0, 0, 0] @ k[1, 2, 1], q[0, 0, 0] @ k[1, 1, 1])
+    grid, channels = (3, 4, 5), 12
+    cosines, signed_sines = (side[:, 0, 0] for side in rotary_table(grid, channels, torch.float64, CPU))
+    q, k = torch.randn(2, channels, dtype=torch.float64)  # the same vectors at every position
+    turned_q, turned_k = (side * cosines + side.roll(channels // 2) * signed_sines for side in (q, k))
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(60))
+    turned_q, turned_k = turned_q.view(*grid, channels), turned_k.view(*grid, channels)
+    apart = turned_q[0, 0, 0] @ turned_k[1, 2, 1]
+    torch.testing.assert_close(apart, turned_q[1, 1, 3] @ turned_k[2, 3, 4])  # both (1, 2, 1) apart
+    assert not torch.allclose(apart, turned_q[0, 0, 0] @ turned_k[1, 1, 1])
 
 
 def test_sigma_embedding_tells_close_levels_apart() -> None:

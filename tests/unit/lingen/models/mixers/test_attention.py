@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lingen.models.embed import rotary_table, rotate, token_spacing
+from lingen.kernels.norm import norm_rotate_ref
+from lingen.models.embed import rotary_table
 from lingen.models.mixers.attention import FullAttention
 
 D, P, GRID = 24, 12, (2, 3, 2)
@@ -15,10 +16,8 @@ def test_equals_attention_written_out() -> None:
     module = FullAttention(D, P).double()
     torch.nn.init.normal_(module.qkv.scale, mean=1.0, std=0.3)
     x = torch.randn(1, 12, D, dtype=torch.float64)
-    q, k, v = module.qkv.linear(x).view(1, 12, 3, 2, P).unbind(2)
-    qk = torch.stack((q, k), 2)
-    qk = qk * (qk.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * module.qkv.scale
-    q, k = rotate(qk, rotary_table(GRID, token_spacing(GRID), P, x.dtype, x.device)).unbind(2)
+    qkv = module.qkv.linear(x).view(1, 12, 3, 2, P)
+    q, k, v = norm_rotate_ref(qkv, module.qkv.scale, rotary_table(GRID, P, x.dtype, x.device), eps=1e-6)
     weights = (torch.einsum("bihp,bjhp->bhij", q, k) / P**0.5).softmax(-1)
     want = torch.einsum("bhij,bjhp->bihp", weights, v).flatten(2) @ module.out.weight.T
     torch.testing.assert_close(module(x, GRID), want)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from lingen.kernels.index import Grid
-from lingen.models.embed import rotary_table, rotate, token_spacing
-from lingen.models.mixers.window import WindowAttention, merge, partition, tile
+from lingen.kernels.norm import norm_rotate_ref
+from lingen.models.embed import rotary_table
+from lingen.models.mixers.window import WindowAttention
 
 D, P = 24, 12
 CASES: list[tuple[Grid, Grid]] = [  # grid, window
@@ -39,18 +41,25 @@ def window_of(token: tuple[int, ...], grid: Grid, window: Grid, shifted: bool) -
     return tuple(place)
 
 
-def naive(module: WindowAttention, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Softmax over the tokens of each token's own window, with rotary positions of the whole grid. x (N, D)."""
+def naive(module: WindowAttention, x: torch.Tensor, grid: Grid, own_positions: bool = False) -> torch.Tensor:
+    """Softmax over the tokens of each token's own window. x (N, D).
+
+    Rotary positions count from the edge of the grid, or, with ``own_positions``, from the edge of the token's window.
+    """
     tokens = list(itertools.product(*map(range, grid)))
     places = [window_of(token, grid, module.window, module.shifted) for token in tokens]
-    qkv = module.qkv.linear(x).view(len(tokens), 3, D // P, P)
-    qk = qkv[:, :2] * (qkv[:, :2].pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * module.qkv.scale
-    q, k = rotate(qk[None], rotary_table(grid, token_spacing(grid), P, x.dtype, x.device))[0].unbind(1)
+    table = rotary_table(grid, P, x.dtype, x.device)
+    if own_positions:
+        first = {place: next(token for token, other in zip(tokens, places) if other == place) for place in places}
+        own = [tuple(at - edge for at, edge in zip(token, first[place])) for token, place in zip(tokens, places)]
+        table = tuple(side[[tokens.index(token) for token in own]] for side in table)
+    qkv = module.qkv.linear(x).view(1, len(tokens), 3, D // P, P)
+    q, k, v = (side[0] for side in norm_rotate_ref(qkv, module.qkv.scale, table, eps=1e-6))
     rows = []
     for i, place in enumerate(places):
         mine = [j for j, other in enumerate(places) if other == place]
         scores = torch.einsum("hp,jhp->hj", q[i], k[mine]) / P**0.5
-        rows.append(torch.einsum("hj,jhp->hp", scores.softmax(-1), qkv[mine, 2]).flatten())
+        rows.append(torch.einsum("hj,jhp->hp", scores.softmax(-1), v[mine]).flatten())
     return torch.stack(rows) @ module.out.weight.T
 
 
@@ -81,26 +90,15 @@ def test_a_token_reaches_its_own_window_and_no_other(grid: Grid, window: Grid, s
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(("grid", "window"), CASES)
-def test_partition_and_merge_are_inverse(grid: Grid, window: Grid, shifted: bool) -> None:
-    tiling = tile(grid, window, shifted)
-    x = torch.randn(2, grid[0] * grid[1] * grid[2], 3)
-    assert torch.equal(merge(partition(x, tiling), tiling), x)
+def test_rotating_by_the_place_on_the_grid_or_in_the_window_is_the_same(
+    grid: Grid, window: Grid, shifted: bool
+) -> None:
+    module = attention(window, shifted)
+    x = torch.randn(1, math.prod(grid), D, dtype=torch.float64)
+    torch.testing.assert_close(module(x, grid)[0], naive(module, x[0], grid, own_positions=True), rtol=1e-6, atol=1e-8)
 
 
-def test_windows_are_evened_out_and_never_larger_than_asked() -> None:
-    assert tile((5, 8, 8), (4, 8, 8), shifted=False).size == (3, 8, 8)
-    assert tile((34, 32, 56), (4, 8, 8), shifted=True).size == (4, 8, 8)
-    assert tile((34, 32, 56), (4, 8, 8), shifted=True).shift == (2, 4, 4)
-    for n, limit in itertools.product(range(1, 40), range(1, 9)):
-        tiling = tile((n, 1, 1), (limit, 1, 1), shifted=False)
-        assert tiling.size[0] <= limit and n <= tiling.padded[0] < n + tiling.count[0]
-
-
-def test_an_axis_under_one_window_is_not_shifted() -> None:
-    assert tile((1, 8, 16), (4, 8, 8), shifted=True).shift == (0, 0, 4)
-
-
-def test_a_mask_first_made_under_inference_mode_serves_training() -> None:
+def test_what_was_first_made_under_inference_mode_serves_training() -> None:
     module, grid = attention((2, 2, 2), shifted=True), (3, 5, 2)
     x = torch.randn(1, 30, D, dtype=torch.float64)
     with torch.inference_mode():
