@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lingen.kernels.index import Grid
+from lingen.kernels.norm import modulate
 from lingen.models.block import NORM_EPS, Block
 from lingen.models.embed import SigmaEmbedding, TextProjection, patchify, position_embedding, token_grid, unpatchify
 
@@ -23,7 +24,6 @@ class Head(nn.Module):
 
     def __init__(self, d_model: int, features: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(d_model, elementwise_affine=False, eps=NORM_EPS)
         self.modulation = nn.Linear(d_model, 2 * d_model)
         self.out = nn.Linear(d_model, features)
         self.reset_parameters()
@@ -37,7 +37,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B, N, D), condition (B, D) -> (B, N, features)."""
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
-        out: Tensor = self.out(torch.addcmul(shift, self.norm(x), 1 + scale))
+        out: Tensor = self.out(modulate(x, shift, scale, eps=NORM_EPS))
         return out
 
     def flops(self, tokens: int) -> int:

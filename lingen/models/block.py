@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lingen.kernels.index import Grid
+from lingen.kernels.norm import modulate
 
 NORM_EPS = 1e-6
 
@@ -69,11 +70,9 @@ class Block(nn.Module):
 
     def __init__(self, mixer: Mixer, d_model: int, head_dim: int, mlp_ratio: int) -> None:
         super().__init__()
-        self.norm_mixer = nn.LayerNorm(d_model, elementwise_affine=False, eps=NORM_EPS)
         self.mixer = mixer
         self.norm_text = nn.LayerNorm(d_model, elementwise_affine=False, eps=NORM_EPS)
         self.cross_attention = CrossAttention(d_model, head_dim)
-        self.norm_mlp = nn.LayerNorm(d_model, elementwise_affine=False, eps=NORM_EPS)
         self.mlp_in = nn.Linear(d_model, mlp_ratio * d_model)
         self.mlp_out = nn.Linear(mlp_ratio * d_model, d_model)
         self.table = nn.Parameter(torch.empty(6, d_model))
@@ -86,10 +85,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, grid: Grid, modulation: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """x (B, N, D), modulation (B, 6, D), text (B, L, D), text_mask (B, L) bool -> (B, N, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation + self.table).chunk(6, dim=1)  # (B, 1, D) each
-        mixed = self.mixer(torch.addcmul(shift, self.norm_mixer(x), 1 + scale), grid)  # (B, N, D)
+        mixed = self.mixer(modulate(x, shift, scale, eps=NORM_EPS), grid)  # (B, N, D)
         x = torch.addcmul(x, gate, mixed)  # (B, N, D)
         x = x + self.cross_attention(self.norm_text(x), text, text_mask)  # (B, N, D)
-        hidden = self.mlp_in(torch.addcmul(mlp_shift, self.norm_mlp(x), 1 + mlp_scale))  # (B, N, mlp_ratio*D)
+        hidden = self.mlp_in(modulate(x, mlp_shift, mlp_scale, eps=NORM_EPS))  # (B, N, mlp_ratio*D)
         return torch.addcmul(x, mlp_gate, self.mlp_out(F.gelu(hidden, approximate="tanh")))  # (B, N, D)
 
     def flops(self, grid: Grid, text_tokens: int) -> int:

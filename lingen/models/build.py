@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from lingen.config import Config
 from lingen.models.backbone import Backbone
 from lingen.models.block import Block, Mixer
 from lingen.models.mixers.attention import FullAttention
+from lingen.models.mixers.mamba1 import BidirectionalMamba1
 from lingen.models.mixers.mamba2 import BidirectionalMamba2
 from lingen.models.mixers.mate import Mate
+from lingen.models.mixers.scan import scan_order
 from lingen.models.mixers.window import WindowAttention
+
+if TYPE_CHECKING:
+    from lingen.config import Config
+    from lingen.model_config import MateConfig, SizeConfig
 
 
 def _full_attention(config: Config, layer: int) -> Mixer:
@@ -23,16 +29,33 @@ def _full_attention(config: Config, layer: int) -> Mixer:
 def _mate(config: Config, layer: int) -> Mixer:
     size, mate = config.size, config.model.mate
     assert mate is not None  # the schema sees to it
-    ma = BidirectionalMamba2(
+    te = WindowAttention(size.d_model, size.head_dim, window=mate.window, shifted=layer % 2 == 1) if mate.te else None
+    return Mate(_mamba(size, mate, layer) if mate.ma else None, te)
+
+
+def _mamba(size: SizeConfig, mate: MateConfig, layer: int) -> Mixer:
+    order, separate = scan_order(mate.scan, layer), mate.projections == "separate"
+    if mate.ssm == "mamba1":
+        return BidirectionalMamba1(
+            size.d_model,
+            expand=mate.expand,
+            d_state=size.d_state,
+            conv_kernel=mate.conv_kernel,
+            separate=separate,
+            order=order,
+            review_pool=mate.review_pool,
+        )
+    return BidirectionalMamba2(
         size.d_model,
         expand=mate.expand,
         head_dim=mate.mamba_head_dim,
         d_state=size.d_state,
         conv_kernel=mate.conv_kernel,
         chunk_size=mate.chunk_size,
+        separate=separate,
+        order=order,
+        review_pool=mate.review_pool,
     )
-    te = WindowAttention(size.d_model, size.head_dim, window=mate.window, shifted=layer % 2 == 1)
-    return Mate(ma, te, layer=layer, review_pool=mate.review_pool)
 
 
 MIXERS: dict[str, Callable[[Config, int], Mixer]] = {"lingen": _mate, "dit": _full_attention}

@@ -5,37 +5,37 @@ Shapes: B batch, N tokens of the grid (T, H, W), D d_model.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
 from lingen.kernels.index import Grid
-from lingen.models.mixers.mamba2 import BidirectionalMamba2
-from lingen.models.mixers.scan import scan_order
-from lingen.models.mixers.window import WindowAttention
+from lingen.models.block import Mixer
 
 
 class Mate(nn.Module):
-    """The sum of both branches on the same input: Mamba2 for the whole video, windows for what is adjacent.
+    """The sum of both branches on the same input: Mamba for the whole video, windows for what is adjacent.
 
     Args:
-        ma, te: the branches.
-        layer: its index decides the scan order.
-        review_pool: (T, H, W) tokens that a review token averages.
+        ma, te: the branches; None: without it (LinGen, ablation table). One of them at least is there.
     """
 
-    def __init__(self, ma: BidirectionalMamba2, te: WindowAttention, *, layer: int, review_pool: Grid) -> None:
+    def __init__(self, ma: Mixer | None, te: Mixer | None) -> None:
         super().__init__()
+        if ma is None and te is None:
+            raise ValueError("a MATE without MA-branch and TE-branch mixes nothing")
         self.ma, self.te = ma, te
-        self.order = scan_order(layer)
-        self.review_pool = self.order.sides(review_pool)
+
+    @property
+    def branches(self) -> list[Mixer]:
+        """Those that are there."""
+        return [branch for branch in (self.ma, self.te) if branch is not None]
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        scanned = self.order.scan(torch.unflatten(x, 1, grid))  # (B, n1, n2, n3, D)
-        ma = self.order.unscan(self.ma(scanned, self.review_pool)).flatten(1, 3)  # (B, N, D)
-        mixed: Tensor = ma + self.te(x, grid)  # (B, N, D)
-        return mixed
+        return reduce(torch.add, [branch(x, grid) for branch in self.branches])  # (B, N, D)
 
     def flops(self, grid: Grid) -> int:
         """Forward FLOPs of one sample."""
-        return self.ma.flops(self.order.sides(grid), self.review_pool) + self.te.flops(grid)
+        return sum(branch.flops(grid) for branch in self.branches)
