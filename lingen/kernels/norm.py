@@ -44,7 +44,8 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, *, eps: f
     if forms.chosen("norm", y.device) == "triton":
         from lingen.kernels.norm_gated_triton import gated_norm_triton
 
-        return gated_norm_triton(y, z, weight, index, eps)
+        fused: Tensor = gated_norm_triton(y, z, weight, index, eps)
+        return fused
     return gated_norm_ref(y, z, weight, index, eps=eps)
 
 
@@ -69,7 +70,8 @@ def merge_directions(y: Tensor, index: ScanIndex) -> Tensor:
     if forms.chosen("norm", y.device) == "triton":
         from lingen.kernels.norm_gated_triton import merge_directions_triton
 
-        return merge_directions_triton(y, index)
+        fused: Tensor = merge_directions_triton(y, index)
+        return fused
     return merge_directions_ref(y, index)
 
 
@@ -114,7 +116,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     if forms.chosen("norm", x.device) == "triton":
         from lingen.kernels.norm_modulate_triton import modulate_triton
 
-        return modulate_triton(x, shift, scale, eps)
+        fused: Tensor = modulate_triton(x, shift, scale, eps)
+        return fused
     return modulate_ref(x, shift, scale, eps=eps)
 
 
@@ -148,7 +151,8 @@ def norm_rotate(qkv: Tensor, scale: Tensor, table: Rotation, *, eps: float) -> t
     if forms.chosen("norm", qkv.device) == "triton":
         from lingen.kernels.norm_rotate_triton import norm_rotate_triton
 
-        return norm_rotate_triton(qkv, scale, table, eps)
+        fused: tuple[Tensor, Tensor, Tensor] = norm_rotate_triton(qkv, scale, table, eps)
+        return fused
     return norm_rotate_ref(qkv, scale, table, eps=eps)
 
 
