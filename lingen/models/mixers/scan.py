@@ -1,7 +1,7 @@
 """In which order a layer reads the token grid (LinGen, "Rotary-Major Scan", and what its ablation compares with it).
 
-An order is a table of positions, by which the convolution and the norm around the scan read: whatever the curve, nothing
-is reordered in memory.
+An order is a table of positions, by which the convolution and the norm around the scan read: whatever the curve,
+nothing is reordered in memory.
 
 Shapes: (T, H, W) token grid of N tokens in natural order (W fastest), R review tokens, M = R + N; n1, n2, n3 the grid's
 sides from the axis that the scan walks slowest to the one that it walks fastest.

@@ -1,7 +1,8 @@
-"""MATE is the sum of its branches, and the scan order changes with the layer."""
+"""MATE is the sum of its branches, of which one may be absent."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lingen.models.mixers.mamba2 import BidirectionalMamba2
@@ -9,30 +10,39 @@ from lingen.models.mixers.mate import Mate
 from lingen.models.mixers.scan import scan_order
 from lingen.models.mixers.window import WindowAttention
 
-D, GRID, POOL = 16, (2, 3, 4), (1, 2, 3)
+D, GRID = 16, (2, 3, 4)
 
 
-def mate(layer: int) -> Mate:
+def branches() -> tuple[BidirectionalMamba2, WindowAttention]:
     torch.manual_seed(0)
-    ma = BidirectionalMamba2(D, expand=2, head_dim=8, d_state=4, conv_kernel=4, chunk_size=8)
-    return Mate(ma, WindowAttention(D, 8, window=(2, 2, 2), shifted=layer % 2 == 1), layer=layer, review_pool=POOL)
+    ma = BidirectionalMamba2(
+        D,
+        expand=2,
+        head_dim=8,
+        d_state=4,
+        conv_kernel=4,
+        chunk_size=8,
+        separate=False,
+        order=scan_order("rotary", 2),
+        review_pool=(1, 2, 3),
+    )
+    return ma, WindowAttention(D, 8, window=(2, 2, 2), shifted=True)
 
 
 def test_is_the_sum_of_both_branches_on_one_input() -> None:
-    x = torch.randn(2, 24, D)
-    for layer in range(4):
-        module, order = mate(layer), scan_order(layer)
-        # The MA-branch on a video that was transposed beforehand, written out without ScanOrder.
-        axes = [1 + axis for axis in order.axes]
-        turned = x.view(2, *GRID, D).permute(0, *axes, 4)
-        ma = module.ma(turned, tuple(POOL[axis] for axis in order.axes))
-        back = torch.empty(2, *GRID, D)
-        back.permute(0, *axes, 4).copy_(ma)
-        torch.testing.assert_close(module(x, GRID), back.flatten(1, 3) + module.te(x, GRID))
+    x, (ma, te) = torch.randn(2, 24, D), branches()
+    torch.testing.assert_close(Mate(ma, te)(x, GRID), ma(x, GRID) + te(x, GRID))
+    assert Mate(ma, te).flops(GRID) == ma.flops(GRID) + te.flops(GRID)
 
 
-def test_layers_differ_by_their_order_alone() -> None:
-    x = torch.randn(1, 24, D)
-    outputs = [mate(layer).ma(scan_order(layer).scan(x.view(1, *GRID, D)), (2, 2, 2)) for layer in range(4)]
-    unscanned = [scan_order(layer).unscan(y) for layer, y in enumerate(outputs)]
-    assert all(not torch.allclose(unscanned[0], other, atol=1e-4) for other in unscanned[1:])
+def test_is_one_branch_where_the_other_is_absent() -> None:
+    x, (ma, te) = torch.randn(2, 24, D), branches()
+    for mate, branch in ((Mate(ma, None), ma), (Mate(None, te), te)):
+        assert torch.equal(mate(x, GRID), branch(x, GRID))
+        assert mate.flops(GRID) == branch.flops(GRID)
+        assert {name.split(".")[0] for name, _ in mate.named_parameters()} == {"ma" if branch is ma else "te"}
+
+
+def test_without_branches_there_is_no_mate() -> None:
+    with pytest.raises(ValueError, match="mixes nothing"):
+        Mate(None, None)
