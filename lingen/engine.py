@@ -98,15 +98,15 @@ def make_engine(model: nn.Module, config: EngineConfig, optim: OptimConfig, dist
 def decay_groups(model: nn.Module) -> list[tuple[bool, list[str]]]:
     """Parameter names, first those that weight decay applies to, then the others; an empty group is left out.
 
-    Decay shrinks the matrices that multiply activations. Biases, norm gains and state-space scalars (1-D, or named
-    'scale') and look-up tables (``nn.Embedding``, or named 'table') are not such.
+    Decay shrinks the matrices that multiply activations. Biases, norm gains and state-space rates (1-D, or named
+    'scale' or 'A_log') and look-up tables (``nn.Embedding``, or named 'table') are not such.
     """
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed: list[str] = []
     plain: list[str] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in lookups and not name.endswith(("scale", "table"))
-        (decayed if is_matrix else plain).append(name)
+        is_exempt = id(parameter) in lookups or name.endswith(("scale", "table", "A_log"))
+        (plain if is_exempt or parameter.ndim < 2 else decayed).append(name)
     return [(decay, names) for decay, names in ((True, decayed), (False, plain)) if names]
 
 
