@@ -36,8 +36,8 @@ def _positions(place, token, tokens, reviews, side, SEPARATE: tl.constexpr):
 @triton.jit
 def _gated_forward(y, z, weight, out, place, tokens, reviews, eps, y_batch, y_position, z_batch, z_token,
                    E: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    row, side, sides = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    batch, token = row // tokens, row % tokens
+    row, side, sides = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < E
     first, second = _positions(place, token, tokens, reviews, side, SEPARATE)
@@ -57,14 +57,14 @@ def _gated_backward(y, z, weight, dout, dy, dz, dweights, place, rows, count, to
                     y_position, z_batch, z_token, E: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
                     WIDE: tl.constexpr):  # fmt: skip
     """The next ``count`` rows of each program; it leaves its sum over them in its row of dweights."""
-    program, side, sides = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    program, side, sides = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     channel = tl.arange(0, BLOCK)
     inside = channel < E
     scale = tl.load(weight + side * E + channel, mask=inside, other=0.0).to(WIDE)
     dscale = tl.zeros([BLOCK], dtype=WIDE)
-    for i in range(tl.minimum(count, rows - program * count).to(tl.int32)):
+    for i in range(tl.minimum(count, rows - program * count)):
         row = program * count + i
-        batch, token = row // tokens, row % tokens
+        batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
         first, second = _positions(place, token, tokens, reviews, side, SEPARATE)
         from_ = y + batch * y_batch + side * E + channel
         value = tl.load(from_ + first * y_position, mask=inside, other=0.0).to(WIDE)
@@ -75,10 +75,10 @@ def _gated_backward(y, z, weight, dout, dy, dz, dweights, place, rows, count, to
         sigmoid = tl.sigmoid(gate)
         gated = value * gate * sigmoid
         inverse = 1 / tl.sqrt(tl.sum(gated * gated) / E + eps)
-        unit = gated * inverse
-        dscale += grad * unit
+        dscale += grad * gated * inverse
         grad *= scale
-        dgated = (grad - unit * (tl.sum(grad * unit) / E)) * inverse
+        mean = tl.sum(grad * gated) / E  # needs no inverse: both sums are one pass over the row
+        dgated = (grad - gated * (inverse * inverse * mean)) * inverse
         dvalue = dgated * gate * sigmoid
         to = dy + batch * (tokens + reviews) * 2 * E + side * E + channel
         tl.store(to + first * 2 * E, dvalue, mask=inside)
@@ -86,17 +86,18 @@ def _gated_backward(y, z, weight, dout, dy, dz, dweights, place, rows, count, to
             tl.store(to + E + second * 2 * E, dvalue, mask=inside)
         dgate = dgated * value * sigmoid * (1 + gate * (1 - sigmoid))
         tl.store(dz + (row * sides + side) * E + channel, dgate, mask=inside)
-    tl.store(dweights + (program * sides + side) * E + channel, dscale, mask=inside)
+    tl.store(dweights + (program.to(tl.int64) * sides + side) * E + channel, dscale, mask=inside)
 
 
 @triton.jit
 def _merge_forward(y, out, place, tokens, reviews, y_batch, y_position, E: tl.constexpr, BLOCK: tl.constexpr,
                    WIDE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    batch, token, row = (row // tokens).to(tl.int64), row % tokens, row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < E
-    first, second = _positions(place, row % tokens, tokens, reviews, 0, False)
-    y += row // tokens * y_batch + channel
+    first, second = _positions(place, token, tokens, reviews, 0, False)
+    y += batch * y_batch + channel
     value = tl.load(y + first * y_position, mask=inside, other=0.0).to(WIDE)
     value += tl.load(y + E + second * y_position, mask=inside, other=0.0).to(WIDE)
     tl.store(out + row * E + channel, value, mask=inside)
@@ -104,12 +105,13 @@ def _merge_forward(y, out, place, tokens, reviews, y_batch, y_position, E: tl.co
 
 @triton.jit
 def _merge_backward(dout, dy, place, tokens, reviews, E: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    batch, token, row = (row // tokens).to(tl.int64), row % tokens, row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < E
-    first, second = _positions(place, row % tokens, tokens, reviews, 0, False)
+    first, second = _positions(place, token, tokens, reviews, 0, False)
     grad = tl.load(dout + row * E + channel, mask=inside, other=0.0)
-    dy += row // tokens * (tokens + reviews) * 2 * E + channel
+    dy += batch * (tokens + reviews) * 2 * E + channel
     tl.store(dy + first * 2 * E, grad, mask=inside)
     tl.store(dy + E + second * 2 * E, grad, mask=inside)
 

@@ -30,8 +30,8 @@ def _normalize(x, channel, eps, D: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _forward(x, shift, scale, out, tokens, eps, x_batch, x_token, shift_batch, scale_batch, D: tl.constexpr,
              BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
+    row = tl.program_id(0)
+    batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < D
     unit, _ = _normalize(x + batch * x_batch + token * x_token, channel, eps, D, WIDE)
@@ -44,15 +44,15 @@ def _forward(x, shift, scale, out, tokens, eps, x_batch, x_token, shift_batch, s
 def _backward(x, scale, dout, dx, sums, tokens, count, eps, x_batch, x_token, scale_batch, dout_batch, dout_token,
               programs, D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The next ``count`` rows of one sample a program; it leaves its sums for dshift and dscale in its rows of sums."""
-    program = tl.program_id(0).to(tl.int64)
-    batch, start = program // programs, program % programs * count
+    program = tl.program_id(0)
+    batch, start, program = (program // programs).to(tl.int64), program % programs * count, program.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < D
     factor = 1 + tl.load(scale + batch * scale_batch + channel, mask=inside, other=0.0).to(WIDE)
     dshift = tl.zeros([BLOCK], dtype=WIDE)
     dscale = tl.zeros([BLOCK], dtype=WIDE)
-    for i in range(tl.minimum(count, tokens - start).to(tl.int32)):
-        token = start + i
+    for i in range(tl.minimum(count, tokens - start)):
+        token = (start + i).to(tl.int64)
         unit, inverse = _normalize(x + batch * x_batch + token * x_token, channel, eps, D, WIDE)
         grad = tl.load(dout + batch * dout_batch + token * dout_token + channel, mask=inside, other=0.0).to(WIDE)
         dshift += grad

@@ -39,8 +39,8 @@ def _halves(row, channel, P: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _forward(x, scale, cosines, sines, out, tokens, eps, x_batch, x_token, x_head, H: tl.constexpr, P: tl.constexpr,
              HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // tokens, row % tokens
+    row = tl.program_id(0)
+    batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
     head, channel = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK)
     inside = (head < H) & (channel < P // 2)[None, :]
     a, b, _ = _normalize(x + batch * x_batch + token * x_token, head * x_head + channel[None, :], inside, eps, P, WIDE)
@@ -59,15 +59,15 @@ def _backward(x, scale, cosines, sines, dout, dx, dscales, rows, count, tokens, 
               dout_batch, dout_token, dout_head, dx_token, H: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
               BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The next ``count`` rows of each program; it leaves its sum over them and the heads in its row of dscales."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     head, channel = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK)
     inside = (head < H) & (channel < P // 2)[None, :]
     scale_a, scale_b = _halves(scale, channel, P, WIDE)
     dscale_a = tl.zeros([HEADS, BLOCK], dtype=WIDE)
     dscale_b = tl.zeros([HEADS, BLOCK], dtype=WIDE)
-    for i in range(tl.minimum(count, rows - program * count).to(tl.int32)):
+    for i in range(tl.minimum(count, rows - program * count)):
         row = program * count + i
-        batch, token = row // tokens, row % tokens
+        batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
         low = head * x_head + channel[None, :]
         a, b, inverse = _normalize(x + batch * x_batch + token * x_token, low, inside, eps, P, WIDE)
         cos_a, cos_b = _halves(cosines + token * P, channel, P, WIDE)
@@ -86,8 +86,9 @@ def _backward(x, scale, cosines, sines, dout, dx, dscales, rows, count, tokens, 
         tl.store(to, (turned_a - a * mean) * inverse, mask=inside)
         tl.store(to + P // 2, (turned_b - b * mean) * inverse, mask=inside)
     half = channel < P // 2
-    tl.store(dscales + program * P + channel, tl.sum(dscale_a, axis=0), mask=half)
-    tl.store(dscales + program * P + P // 2 + channel, tl.sum(dscale_b, axis=0), mask=half)
+    dscales += program.to(tl.int64) * P
+    tl.store(dscales + channel, tl.sum(dscale_a, axis=0), mask=half)
+    tl.store(dscales + P // 2 + channel, tl.sum(dscale_b, axis=0), mask=half)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -136,7 +137,6 @@ def norm_rotate_triton(
     qkv: Tensor, scale: Tensor, table: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``lingen.kernels.norm.norm_rotate`` without its checks."""
-    # the table's rows are read as (N, P)
     cosines, sines = (values.contiguous() for values in table)
-    outputs: tuple[Tensor, Tensor, Tensor] = _NormRotate.apply(qkv, scale.contiguous(), cosines, sines, eps)
+    outputs: tuple[Tensor, Tensor, Tensor] = _NormRotate.apply(qkv, scale, cosines, sines, eps)
     return outputs
