@@ -1,22 +1,19 @@
 """Mamba2's state-space scan (SSD; Dao and Gu 2024, section 6): one seam, a pure-torch form and mamba-ssm's kernels.
 
 Shapes: B batch, L tokens, H heads, P channels a head, G groups of heads that share B and C, N state channels a head.
-``ssd_ref`` defines the truth and is what trains on a CPU; ``lingen.kernels.ssd_torch`` says how it goes about it.
+``ssd_ref`` defines the truth and is what trains on a CPU; ``lingen.kernels.ssd_torch`` says how it goes about it, and
+``lingen.kernels.ssd_mamba`` what mamba-ssm's kernels can take.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
+from lingen.kernels import forms
+from lingen.kernels.ssd_mamba import scan_mamba_ssm
 from lingen.kernels.ssd_torch import scan_torch
-
-MAX_ELEMENTS = 2**31 - 1  # mamba-ssm's kernels compute offsets in 32 bits, and corrupt silently past them
 
 
 @overload
@@ -87,21 +84,13 @@ def ssd(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``ssd_ref`` in the fastest form there is for x's device: same arguments, result and errors."""
+    """``ssd_ref`` in the form chosen for x's device: same arguments, result and errors."""
     _check(x, dt, A, B, C, D, initial_states, chunk_size)
-    scan = _scan_mamba_ssm if ssd_form(x.device) == "mamba-ssm" else scan_torch
-    y, states = scan(x, dt, A, B, C, D, initial_states, chunk_size)
+    if forms.chosen("ssd", x.device) == "torch":
+        y, states = scan_torch(x, dt, A, B, C, D, initial_states, chunk_size)
+    else:
+        y, states = scan_mamba_ssm(x, dt, A, B, C, D, initial_states, chunk_size)
     return (y, states) if return_final_states else y
-
-
-def ssd_form(device: torch.device) -> Literal["mamba-ssm", "torch"]:
-    """Which form ``ssd`` takes on ``device``."""
-    return "mamba-ssm" if device.type == "cuda" and _has_mamba_ssm() else "torch"
-
-
-@functools.cache
-def _has_mamba_ssm() -> bool:
-    return importlib.util.find_spec("mamba_ssm") is not None
 
 
 def ssd_flops(length: int, heads: int, head_dim: int, groups: int, d_state: int, chunk_size: int) -> int:
@@ -144,35 +133,3 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be {' or '.join(map(str, shapes))}")
         if not given.is_floating_point():
             raise ValueError(f"{name} {tuple(given.shape)} has dtype {given.dtype}; it must be floating point")
-
-
-def _scan_mamba_ssm(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    return _scan_in_pieces(mamba_chunk_scan_combined, x, dt, A, B, C, D, initial, chunk_size, MAX_ELEMENTS)
-
-
-def _scan_in_pieces(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None,
-    chunk_size: int, max_elements: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``kernel`` over pieces of whole chunks, none of whose tensors passes ``max_elements``; the state is carried."""
-    batch, _, heads, head_dim = x.shape
-    d_state = B.shape[-1]
-    # The widest tensor, per token: x, C B^T, dB before its sum over heads, or the states of the chunks.
-    widest = batch * heads * max(head_dim, chunk_size, d_state, -(-head_dim * d_state // chunk_size))
-    tokens = max(1, max_elements // widest // chunk_size) * chunk_size
-    outputs, states = [], initial
-    for pieces in zip(*(torch.split(t, tokens, dim=1) for t in (x, dt, B, C)), strict=True):
-        # contiguous: the slice of a batch would keep the strides, and so the offsets, of the whole.
-        x_, dt_, B_, C_ = (t.contiguous() for t in pieces)
-        y, states = kernel(x_, dt_, A, B_, C_, chunk_size, D=D, initial_states=states, return_final_states=True)
-        if y.requires_grad:
-            # Its gradient is a slice of the whole's, with the whole's strides.
-            y.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
-        outputs.append(y)
-    assert states is not None
-    return torch.cat(outputs, dim=1), states

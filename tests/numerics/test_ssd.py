@@ -6,7 +6,6 @@ Shapes: B batch, L tokens, H heads, P channels a head, G groups, N state channel
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingen.kernels import ssd as ssd_module
 from lingen.kernels import ssd_torch
-from lingen.kernels.ssd import ssd, ssd_flops, ssd_form, ssd_ref
+from lingen.kernels.ssd import ssd, ssd_flops, ssd_ref
 
 Inputs = dict[str, Any]  # tensors by argument
 
@@ -290,38 +288,4 @@ def test_bad_arguments_are_named(
 
 def test_ssd_is_the_reference_on_a_cpu() -> None:
     inputs = make(20)
-    assert ssd_form(torch.device("cpu")) == "torch"
     assert torch.equal(ssd(**inputs, chunk_size=8), ssd_ref(**inputs, chunk_size=8))
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_mamba_ssm_is_chosen_on_cuda_where_it_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssd_module, "_has_mamba_ssm", lambda: installed)
-    assert ssd_form(torch.device("cuda")) == ("mamba-ssm" if installed else "torch")
-    assert ssd_form(torch.device("cpu")) == "torch"
-
-
-def test_pieces_for_mamba_ssm_stay_below_the_limit_and_carry_the_state() -> None:
-    inputs = make(50)
-    inputs["x"].requires_grad_()
-    limit, lengths = 1000, []
-
-    def kernel(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **options: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        assert max(t.numel() for t in (x, dt, B, C)) <= limit and all(t.is_contiguous() for t in (x, dt, B, C))
-        lengths.append(x.shape[1])
-        return ssd_ref(x, dt, A, B, C, chunk_size=chunk_size, **options)  # type: ignore[call-overload, no-any-return]
-
-    D, initial = inputs["D"], inputs["initial_states"]
-    tokens = {name: inputs[name] for name in ("x", "dt", "A", "B", "C")}
-    y, states = ssd_module._scan_in_pieces(kernel, **tokens, D=D, initial=initial, chunk_size=4, max_elements=limit)
-    want_y, want_states = ssd_ref(**inputs, chunk_size=4, return_final_states=True)
-    assert len(lengths) > 1 and sum(lengths) == 50 and not any(n % 4 for n in lengths[:-1])
-    torch.testing.assert_close(y, want_y)
-    torch.testing.assert_close(states, want_states)
-    assert math.prod(inputs["x"].shape) > limit
-    weight = torch.randn_like(y)
-    (grad,) = torch.autograd.grad((y * weight).sum(), inputs["x"], retain_graph=True)
-    (want_grad,) = torch.autograd.grad((want_y * weight).sum(), inputs["x"])
-    torch.testing.assert_close(grad, want_grad)
