@@ -211,3 +211,11 @@ def test_mamba_ssm_is_chosen_where_its_extension_is_installed(extension: bool, m
         "it needs a GPU, and the device is cpu" if extension else "the package selective_scan_cuda is not installed"
     )
     forms.chosen.cache_clear()
+
+
+def test_pieces_at_68_s_and_guidance_cover_each_channel_once_and_stay_below_the_limit() -> None:
+    batch, channels, length = 2, 8192, 274_176
+    pieces = list(seam._pieces(torch.Size((batch, channels, length)), 2, seam.MAX_ELEMENTS))
+    assert len(pieces) == 4 and all((es.stop - es.start) * length <= seam.MAX_ELEMENTS for _, _, es in pieces)
+    covered = [(b, e) for b, g, es in pieces for e in range(es.start, es.stop) if e * 2 // channels == g]
+    assert sorted(covered) == [(b, e) for b in range(batch) for e in range(channels)]
