@@ -46,6 +46,7 @@ def scan_order(scan: Scan, layer: int) -> ScanOrder:
     return ScanOrder(CURVES[scan], AXES[0 if scan == "fixed" else layer % len(AXES)])
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model would make the table anew at each call
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a table first made while sampling must serve training too
 def scan_index(order: ScanOrder, grid: Grid, review_pool: Grid | None, device: torch.device) -> ScanIndex:
