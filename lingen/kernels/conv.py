@@ -261,7 +261,8 @@ def review_tokens_ref(x: Tensor, grid: Grid, pool: Grid) -> Tensor:
     x = F.avg_pool2d(x, (pool[0], 1), ceil_mode=True)  # (B, C, t, H*W)
     x = x.permute(0, 2, 3, 1).reshape(-1, H, W, math.prod(rest)).permute(0, 3, 1, 2)  # (B*t, C, H, W)
     x = F.avg_pool2d(x, pool[1:], ceil_mode=True)  # (B*t, C, h, w)
-    return x.permute(0, 2, 3, 1).reshape(batch, -1, *rest)  # (B, R, ...)
+    x = x.permute(0, 2, 3, 1).reshape(batch, -1, *rest)
+    return x.contiguous()  # (B, R, ...); where sides are 1, pooling may have chosen another layout
 
 
 def _check_conv(tokens: Tensor, reviews: Tensor, weight: Tensor, bias: Tensor, index: ScanIndex, inner: int) -> None:

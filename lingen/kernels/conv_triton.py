@@ -34,10 +34,18 @@ def _mirror(position, reviews, length):
 
 
 @triton.jit
-def _address(tokens, reviews, row, count, token_stride, review_stride):
-    """Where a row of [reviews, tokens] begins; ``count`` of them are reviews."""
-    wide = row.to(tl.int64)
-    return tl.where(row < count, reviews + wide * review_stride, tokens + (wide - count) * token_stride)
+def _read(tokens, reviews, row, there, channel, inside, count, token_stride, review_stride):
+    """(..., CHANNELS): these rows (...,) of [reviews, tokens]; ``count`` of them are reviews.
+
+    As two loads, each of what the other leaves out: of a choice between two pointers the compiler cannot tell that
+    channels lie side by side, and loads them one by one.
+    """
+    wide, last = row.to(tl.int64), tl.expand_dims(channel, 0)
+    token = tokens + tl.expand_dims((wide - count) * token_stride, -1) + last
+    review = reviews + tl.expand_dims(wide * review_stride, -1) + last
+    inside = tl.expand_dims(inside, 0)
+    of_tokens = tl.load(token, mask=tl.expand_dims(there & (row >= count), -1) & inside, other=0.0)
+    return of_tokens + tl.load(review, mask=tl.expand_dims(there & (row < count), -1) & inside, other=0.0)
 
 
 @triton.jit
@@ -73,9 +81,7 @@ def _window(tokens, reviews, source, position, side, channel, inside, count, len
     seen = position[None, :] - tap
     there = (seen >= 0) & (position < length)[None, :] & (tap < K)
     row = tl.load(source + tl.where(side == 0, seen, _mirror(seen, count, length)), mask=there, other=0)
-    at = _address(tokens, reviews, row, count, token_stride, review_stride)
-    at = at[:, :, None] + channel[None, None, :]
-    return tl.load(at, mask=there[:, :, None] & inside[None, None, :], other=0.0).to(WIDE)
+    return _read(tokens, reviews, row, there, channel, inside, count, token_stride, review_stride).to(WIDE)
 
 
 @triton.jit
@@ -168,8 +174,11 @@ def _input_gradient(dbefore, weight, source, dtokens, dreviews, count, length, t
     dtokens += batch * (length - count) * STRIDE + side * (E + G)
     dreviews += batch * count * STRIDE + side * (E + G)
     channel, inside, _ = _channels(block, side, E, G, CHANNELS)
-    at = _address(dtokens, dreviews, row, count, STRIDE, STRIDE)[:, None] + channel[None, :]
-    tl.store(at, grad, mask=(position < length)[:, None] & inside[None, :])
+    there, wide = position < length, row.to(tl.int64)
+    at = dreviews + (wide * STRIDE)[:, None] + channel[None, :]
+    tl.store(at, grad, mask=(there & (row < count))[:, None] & inside[None, :])
+    at = dtokens + ((wide - count) * STRIDE)[:, None] + channel[None, :]
+    tl.store(at, grad, mask=(there & (row >= count))[:, None] & inside[None, :])
 
 
 class _ScanConv(torch.autograd.Function):
@@ -187,7 +196,7 @@ class _ScanConv(torch.autograd.Function):
         tiles = triton.cdiv(length, sizes["POSITIONS"])
         _forward[(2 * sizes["BLOCKS"] * batch * tiles,)](
             tokens, reviews, weight.contiguous(), bias.contiguous(), index.source, out, reviews.shape[1], length,
-            tiles, *_strides(tokens), *_strides(reviews), **sizes,
+            tiles, *strides(tokens), *strides(reviews), **sizes,
         )  # fmt: skip
         return out
 
@@ -208,7 +217,7 @@ class _ScanConv(torch.autograd.Function):
         dbiases = tokens.new_empty(strips, 2 * channels, dtype=wide)
         _before_gradient[(2 * sizes["BLOCKS"] * strips,)](
             tokens, reviews, weight, bias, source, dout, dbefore, dweights, dbiases, count, length, tiles,
-            batch * tiles, share, *_strides(tokens), *_strides(reviews), dout.stride(0), dout.stride(1), **sizes,
+            batch * tiles, share, *strides(tokens), *strides(reviews), dout.stride(0), dout.stride(1), **sizes,
         )  # fmt: skip
         dtokens = tokens.new_empty(tokens.shape)
         dreviews = reviews.new_empty(reviews.shape)
@@ -218,7 +227,7 @@ class _ScanConv(torch.autograd.Function):
         return dtokens, dreviews, dweights.sum(0).t().to(weight.dtype), dbiases.sum(0).to(bias.dtype), None, None
 
 
-def _strides(rows: Tensor) -> tuple[int, int, int]:
+def strides(rows: Tensor) -> tuple[int, int, int]:
     """Of (B, rows, d, C): from batch to batch, from row to row, and from the forward projection to the backward one."""
     return rows.stride(0), rows.stride(1), rows.stride(2) if rows.shape[2] == 2 else 0
 
