@@ -141,6 +141,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     grad_accumulation: PositiveInt = 1
     activation_checkpointing: bool = False
+    sequence_parallel: PositiveInt = 1  # neighbouring ranks that compute each sample together
 
     @model_validator(mode="after")
     def _zero_is_deepspeeds(self) -> EngineConfig:
@@ -223,6 +224,30 @@ class Config(Section):
                 f"size.d_model={self.size.d_model}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _ranks_share_the_heads(self) -> Config:
+        for what, heads in self._exchanged_heads().items():
+            if heads % self.engine.sequence_parallel:
+                raise ValueError(
+                    f"engine.sequence_parallel={self.engine.sequence_parallel} must divide the {heads} {what}"
+                )
+        return self
+
+    def _exchanged_heads(self) -> dict[str, int]:
+        """What the ranks that compute a sample together share out: how it is called, and how many there are."""
+        size, mate = self.size, self.model.mate
+        heads = {}
+        if mate is None or mate.te:
+            heads["heads of attention (size.d_model / size.head_dim)"] = size.d_model // size.head_dim
+        if mate is not None and mate.ma:
+            inner = mate.expand * size.d_model
+            if mate.ssm == "mamba1":
+                heads["channels of the Mamba (model.mate.expand * size.d_model)"] = inner
+            else:
+                name = "heads of the Mamba (model.mate.expand * size.d_model / model.mate.mamba_head_dim)"
+                heads[name] = inner // mate.mamba_head_dim
+        return heads
 
     @property
     def depth(self) -> int:

@@ -20,6 +20,7 @@ from lingen.errors import LocalError, UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: asked to stop, saved, and to be started again with the same command
@@ -81,12 +82,33 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 @dataclass(frozen=True)
 class Dist:
-    """The processes of a run. Its methods are collectives: all ranks call them, in one order."""
+    """The processes of a run. Its methods are collectives: all ranks call them, in one order.
+
+    Each ``sequence`` neighbouring ranks compute the same samples together, and get the same data: there are
+    ``data_world`` such groups, and this rank is in group ``data_rank``.
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    sequence: int = 1  # engine.sequence_parallel
+    sequence_group: ProcessGroup | None = None  # None where each rank is alone with its samples
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of each global batch this rank computes, alone or with its group."""
+        return self.rank // self.sequence
+
+    @property
+    def data_world(self) -> int:
+        """Parts of a global batch that are computed at the same time."""
+        return self.world // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """This rank's place in its group."""
+        return self.rank % self.sequence
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:
         """Replace ``tensor`` (any shape, on ``device``) by its sum over the ranks."""
@@ -171,18 +193,23 @@ class Dist:
             td.destroy_process_group()
 
 
-def init(device: str) -> Dist:
+def init(device: str, sequence: int = 1) -> Dist:
     """Find this process's place and device, and join the others: gloo on CPU, NCCL on GPU.
 
-    ``device`` is 'cpu', 'cuda' or 'auto' (a GPU where there is one).
+    ``device`` is 'cpu', 'cuda' or 'auto' (a GPU where there is one); ``sequence`` ranks share each sample.
 
     Raises:
-        UserError: there is no such device, or the launcher's variables do not suffice.
+        UserError: there is no such device, the launcher's variables do not suffice, or ``sequence`` does not divide
+            the processes.
     """
     import torch
     import torch.distributed as td
 
     place = find_place(os.environ)
+    if place.world % sequence:
+        raise UserError(
+            f"engine.sequence_parallel={sequence} must divide the number of processes, which is {place.world}"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise LocalError("engine.device=cuda, but torch sees no GPU; set engine.device=cpu or auto")
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
@@ -205,7 +232,10 @@ def init(device: str) -> Dist:
                 )
         td.init_process_group(_backend(chosen), rank=place.rank, world_size=place.world, timeout=TIMEOUT)
         atexit.register(_settle)
-    return Dist(place.rank, place.world, place.local_rank, chosen)
+    group = None
+    if sequence > 1:  # neighbours, in the order of their ranks
+        group, _ = td.new_subgroups(sequence, timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+    return Dist(place.rank, place.world, place.local_rank, chosen, sequence, group)
 
 
 def _backend(device: torch.device) -> str:

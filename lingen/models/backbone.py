@@ -6,6 +6,7 @@ S width of the text encoder's states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from lingen.kernels.index import Grid
 from lingen.kernels.norm import modulate
 from lingen.models.block import NORM_EPS, Block
 from lingen.models.embed import SigmaEmbedding, TextProjection, patchify, position_embedding, token_grid, unpatchify
+from lingen.models.parallel import ALONE
 
 
 class Head(nn.Module):
@@ -54,6 +56,8 @@ class Backbone(nn.Module):
         patch: (T, H, W) latent positions of a token.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
+
+    sequence = ALONE  # the ranks that compute each sample together
 
     def __init__(
         self,
@@ -98,8 +102,9 @@ class Backbone(nn.Module):
         self._check(latents, sigma, text, text_mask)
         dtype = self.patch_in.weight.dtype
         grid = token_grid(tuple(latents.shape[2:]), self.patch)  # type: ignore[arg-type]
-        x = self.patch_in(patchify(latents.to(dtype), self.patch))  # (B, N, D)
-        x = x + position_embedding(grid, x.shape[-1], dtype, x.device)  # (B, N, D)
+        ranks = self.sequence  # where there are several, N is this rank's slice of the tokens from here to the head
+        x = self.patch_in(ranks.slice_of(patchify(latents.to(dtype), self.patch)))  # (B, N, D)
+        x = x + ranks.slice_of(position_embedding(grid, x.shape[-1], dtype, x.device), 0)  # (B, N, D)
         condition = F.silu(self.sigma(sigma))  # (B, D)
         modulation = self.modulation(condition).unflatten(-1, (6, -1))  # (B, 6, D)
         states = self.text(text.to(dtype))  # (B, L, D)
@@ -110,7 +115,8 @@ class Backbone(nn.Module):
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*arguments)  # (B, N, D)
-        return unpatchify(self.head(x, condition), grid, self.patch).to(latents.dtype)  # (B, C, T', H', W')
+        velocity = ranks.gather(self.head(x, condition), math.prod(grid))  # (B, N, features), all tokens
+        return unpatchify(velocity, grid, self.patch).to(latents.dtype)  # (B, C, T', H', W')
 
     def flops(self, grid: Grid, text_tokens: int) -> int:
         """Forward FLOPs of one sample of a token grid (T, H, W): a multiplication and an addition are two.

@@ -1,9 +1,12 @@
 """Full self-attention over all tokens: the DiT's mixer, and the projections that TESA's windows share with it.
 
-Shapes: B batch, N tokens of the grid (T, H, W) in natural order, D d_model, h heads of P channels.
+Shapes: B batch, N tokens of the grid (T, H, W) in natural order, D d_model, h heads of P channels. Where ranks compute
+each sample together (``sequence``), x holds a slice of the tokens, and q, k, v all of them and a share of the heads.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from lingen.kernels.attention import attention
 from lingen.kernels.index import Grid
 from lingen.kernels.norm import norm_rotate
 from lingen.models.embed import rotary_table
+from lingen.models.parallel import ALONE
 
 NORM_EPS = 1e-6
 
@@ -21,6 +25,8 @@ class RotaryQKV(nn.Module):
 
     The positions are those on the grid. Attention sees only their differences, which are the same inside a window.
     """
+
+    sequence = ALONE
 
     def __init__(self, d_model: int, head_dim: int) -> None:
         super().__init__()
@@ -36,6 +42,7 @@ class RotaryQKV(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, D) -> q, k, v (B, N, h, P)."""
         qkv = self.linear(x).unflatten(-1, (3, -1, self.head_dim))  # (B, N, 3, h, P)
+        qkv = self.sequence.to_heads(qkv, math.prod(grid), dim=3)
         table = rotary_table(grid, self.head_dim, x.dtype, x.device)  # (N, 1, 1, P) each
         return norm_rotate(qkv, self.scale, table, eps=NORM_EPS)
 
@@ -47,6 +54,8 @@ class RotaryQKV(nn.Module):
 class FullAttention(nn.Module):
     """Softmax attention of every token to every token (DiT, section 3.2): quadratic in N."""
 
+    sequence = ALONE
+
     def __init__(self, d_model: int, head_dim: int) -> None:
         super().__init__()
         self.qkv = RotaryQKV(d_model, head_dim)
@@ -55,7 +64,8 @@ class FullAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self.qkv(x, grid)  # (B, N, h, P)
-        out: Tensor = self.out(attention(q, k, v).flatten(2))  # (B, N, D)
+        seen = self.sequence.to_tokens(attention(q, k, v), dim=2)  # (B, N, h, P)
+        out: Tensor = self.out(seen.flatten(2))  # (B, N, D)
         return out
 
     def flops(self, grid: Grid) -> int:

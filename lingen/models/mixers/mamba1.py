@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from lingen.kernels.conv import scan_conv
 from lingen.kernels.index import Grid
-from lingen.kernels.norm import gated_norm
 from lingen.kernels.selective_scan import selective_scan, selective_scan_flops
 from lingen.models.mixers.mamba2 import NORM_EPS, draw_steps
 from lingen.models.mixers.scan import ScanOrder, overview, scan_index, scan_length
+from lingen.models.parallel import ALONE, norm_of_slice
 
 STEP_RATIO = 16  # channels of d_model to one of r (Gu and Dao 2023, section 3.6)
 
@@ -35,6 +35,8 @@ class BidirectionalMamba1(nn.Module):
         order: the order in which this layer scans the grid.
         review_pool: (T, H, W) tokens that a review token averages; None: no review tokens.
     """
+
+    sequence = ALONE
 
     def __init__(
         self,
@@ -83,16 +85,20 @@ class BidirectionalMamba1(nn.Module):
         index = scan_index(self.order, grid, self.review_pool, x.device)
         z, tokens = self.in_proj(x).chunk(2, dim=-1)  # (B, N, d*E) each
         tokens = torch.unflatten(tokens, -1, (self.projections, -1))  # (B, N, d, E)
+        group = self.sequence
+        tokens = group.to_heads(tokens, math.prod(grid), dim=-1)
         reviews = overview(tokens, grid, self.review_pool)  # (B, R, d, E)
-        values = scan_conv(tokens, reviews, self.conv_weight, self.conv_bias, index, inner=self.inner)  # (B, M, 2E)
-        mixed = torch.einsum("bmde,dce->bmdc", torch.unflatten(values, -1, (2, -1)), self.x_proj)  # (B, M, 2, r + 2S)
+        weight, bias = group.share_of_both(self.conv_weight), group.share_of_both(self.conv_bias)
+        values = scan_conv(tokens, reviews, weight, bias, index, inner=tokens.shape[-1])  # (B, M, 2E)
+        x_proj, dt_proj = group.share_of(self.x_proj, 2), group.share_of(self.dt_proj, 1)
+        mixed = torch.einsum("bmde,dce->bmdc", torch.unflatten(values, -1, (2, -1)), x_proj)  # (B, M, 2, r + 2S)
+        mixed = group.total(mixed)  # x_proj sums over all channels
         steps, b, c = torch.split(mixed, [self.rank, self.d_state, self.d_state], dim=-1)  # (B, M, 2, r or S)
-        dt = torch.einsum("bmdr,der->bmde", steps, self.dt_proj).flatten(2)  # (B, M, 2E)
-        y = selective_scan(
-            values, F.softplus(dt.float() + self.dt_bias.float()), -self.A_log.float().exp(), b, c, D=self.D.float()
-        )  # (B, M, 2E)
+        dt = torch.einsum("bmdr,der->bmde", steps, dt_proj).flatten(2)  # (B, M, 2E)
+        dt_bias, A_log, D = (group.share_of_both(w).float() for w in (self.dt_bias, self.A_log, self.D))
+        y = selective_scan(values, F.softplus(dt.float() + dt_bias), -A_log.exp(), b, c, D=D)  # (B, M, 2E)
         y = torch.unflatten(y, -1, (2, -1))  # (B, M, 2, E): to the norm, one head a direction
-        out: Tensor = self.out_proj(gated_norm(y, z, self.norm_weight, index, eps=NORM_EPS))  # (B, N, D)
+        out: Tensor = self.out_proj(norm_of_slice(y, z, self.norm_weight, index, group, eps=NORM_EPS))  # (B, N, D)
         return out
 
     def flops(self, grid: Grid) -> int:

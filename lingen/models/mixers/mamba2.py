@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lingen.kernels.conv import scan_conv, scan_steps
 from lingen.kernels.index import Grid
-from lingen.kernels.norm import gated_norm
 from lingen.kernels.ssd import ssd, ssd_flops
 from lingen.models.mixers.scan import ScanOrder, overview, scan_index, scan_length
+from lingen.models.parallel import ALONE, norm_of_slice
 
 NORM_EPS = 1e-6
 DT_RANGE = (1e-3, 1e-1)  # time steps at the start (Mamba2's reference values)
@@ -40,6 +40,8 @@ class BidirectionalMamba2(nn.Module):
         order: the order in which this layer scans the grid.
         review_pool: (T, H, W) tokens that a review token averages; None: no review tokens.
     """
+
+    sequence = ALONE
 
     def __init__(
         self,
@@ -87,25 +89,49 @@ class BidirectionalMamba2(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         index = scan_index(self.order, grid, self.review_pool, x.device)
-        gates, parts = self.out_proj.in_features, [self.inner + 2 * self.d_state, self.heads]
-        z, mixed = torch.split(self.in_proj(x), [gates, self.projections * sum(parts)], dim=-1)  # (B, N, d*E), ...
-        mixed = torch.unflatten(mixed, -1, (self.projections, -1))  # (B, N, d, E + 2S + h)
+        gates, projected = self.out_proj.in_features, self.in_proj(x)
+        z, mixed = torch.split(projected, [gates, projected.shape[-1] - gates], dim=-1)  # (B, N, d*E), ...
+        mixed = self._all_tokens(torch.unflatten(mixed, -1, (self.projections, -1)), math.prod(grid))
+        inner, heads = self.inner // self.sequence.size, self.heads // self.sequence.size  # E and h of this rank
+        parts = [inner + 2 * self.d_state, heads]
         xbc, dt = torch.split(mixed, parts, dim=-1)  # (B, N, d, E + 2S), (B, N, d, h)
         reviews_xbc, reviews_dt = torch.split(overview(mixed, grid, self.review_pool), parts, dim=-1)  # (B, R, d, ...)
-        xbc = scan_conv(xbc, reviews_xbc, self.conv_weight, self.conv_bias, index, inner=self.inner)
-        values, groups = torch.split(xbc, [2 * self.inner, 4 * self.d_state], dim=-1)  # (B, M, 2E), (B, M, 4S)
+        weight, bias = self._own_channels(self.conv_weight), self._own_channels(self.conv_bias)
+        xbc = scan_conv(xbc, reviews_xbc, weight, bias, index, inner=inner)
+        values, groups = torch.split(xbc, [2 * inner, 4 * self.d_state], dim=-1)  # (B, M, 2E), (B, M, 4S)
         b, c = torch.unflatten(groups, -1, (2, 2, self.d_state)).unbind(3)  # (B, M, 2, S) each
         y = ssd(
             torch.unflatten(values, -1, (-1, self.head_dim)),  # (B, M, 2h, P)
-            scan_steps(dt, reviews_dt, self.dt_bias, index),  # (B, M, 2h)
-            -self.A_log.float().exp(),  # (2h,)
+            scan_steps(dt, reviews_dt, self.sequence.share_of_both(self.dt_bias), index),  # (B, M, 2h)
+            -self.sequence.share_of_both(self.A_log).float().exp(),  # (2h,)
             b,
             c,
             chunk_size=self.chunk_size,
-            D=self.D.float(),
+            D=self.sequence.share_of_both(self.D).float(),
         )  # (B, M, 2h, P)
-        out: Tensor = self.out_proj(gated_norm(y, z, self.norm_weight, index, eps=NORM_EPS))  # (B, N, D)
+        out: Tensor = self.out_proj(
+            norm_of_slice(y, z, self.norm_weight, index, self.sequence, eps=NORM_EPS)
+        )  # (B, N, D)
         return out
+
+    def _all_tokens(self, mixed: Tensor, tokens: int) -> Tensor:
+        """A slice of the tokens to all of them: this rank's channels of x and dt, and B and C, which all heads share.
+
+        (B, n, d, E + 2S + h) -> (B, N, d, E/K + 2S + h/K) for K ranks.
+        """
+        group = self.sequence
+        if group.size == 1:
+            return mixed
+        x, bc, dt = torch.split(mixed, [self.inner, 2 * self.d_state, self.heads], dim=-1)
+        blocks = torch.cat((group.cut(x, -1), group.copies(bc), group.cut(dt, -1)), dim=-1)
+        return group.to_sequence(blocks, tokens)
+
+    def _own_channels(self, weight: Tensor) -> Tensor:
+        """The convolution's weight (2(E + 2S), ...) for what this rank has: (2(E/K + 2S), ...)."""
+        if self.sequence.size == 1:
+            return weight
+        x, bc = torch.split(weight, [2 * self.inner, 4 * self.d_state])
+        return torch.cat((self.sequence.share_of_both(x), bc))
 
     def flops(self, grid: Grid) -> int:
         """Forward FLOPs of one sample: projections, convolution, scan."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lingen.kernels.index import Grid
 from lingen.kernels.window import tile, window_attention
 from lingen.models.mixers.attention import RotaryQKV
+from lingen.models.parallel import ALONE
 
 
 class WindowAttention(nn.Module):
@@ -22,6 +23,8 @@ class WindowAttention(nn.Module):
         window: the largest window (T, H, W), in tokens.
         shifted: whether this layer's windows are shifted by half.
     """
+
+    sequence = ALONE
 
     def __init__(self, d_model: int, head_dim: int, *, window: Grid, shifted: bool) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class WindowAttention(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self.qkv(x, grid)  # (B, N, h, P)
         seen = window_attention(q, k, v, tile(grid, self.window, self.shifted))  # (B, N, h, P)
-        out: Tensor = self.out(seen.flatten(2))  # (B, N, D)
+        out: Tensor = self.out(self.sequence.to_tokens(seen, dim=2).flatten(2))  # (B, N, D)
         return out
 
     def flops(self, grid: Grid) -> int:
