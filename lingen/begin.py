@@ -24,6 +24,7 @@ from lingen.errors import UserError
 from lingen.export import newest_folder
 from lingen.manifest import MANIFEST, manifest_digest, read_manifest, step_folders
 from lingen.models import make_model
+from lingen.models.parallel import SequenceGroup, parallelise
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
 from lingen.text import TextEncoder, load_text_encoder
@@ -193,6 +194,7 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
     torch.manual_seed(config.seed)
     there = start.checkpoint
     model = make_model(config, text_dim=inputs.text.dim)
+    parallelise(model, SequenceGroup(dist.sequence_group, dist.sequence_rank, dist.sequence))
     engine = make_engine(model, config.engine, config.optim, dist)
     ema = Ema(engine.fragments(), config.ema)
     lineage: list[dict[str, Any]] = []
@@ -208,11 +210,11 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
             stage,
             config.data,
             seed=config.seed,
-            rank=dist.rank,
-            world=dist.world,
+            rank=dist.data_rank,
+            world=dist.data_world,
             grad_accumulation=config.engine.grad_accumulation,
             position=Position.from_dict(there.progress["position"]) if there and start.resume else None,
-            bad_log=run_folder(config) / "bad_samples.jsonl",
+            bad_log=bad_log(config, dist),
         )
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
@@ -225,6 +227,11 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
         read=there.progress["read"] if there and start.resume else 0,
         bad=there.progress["bad"] if there and start.resume else 0,
     )
+
+
+def bad_log(config: Config, dist: Dist) -> Path | None:
+    """Where broken samples are named: once, by the first of the ranks that share them."""
+    return run_folder(config) / "bad_samples.jsonl" if dist.sequence_rank == 0 else None
 
 
 def lineage_entry(stage: StageConfig, start: Start) -> dict[str, Any]:

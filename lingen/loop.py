@@ -21,7 +21,7 @@ from data.batch import Batch
 from data.pipeline import holdout_batches
 from data.shards import load_index
 from lingen import checkpoint
-from lingen.begin import Inputs, StageState, Start, begin_stage, find_start, load_inputs, open_init
+from lingen.begin import Inputs, StageState, Start, bad_log, begin_stage, find_start, load_inputs, open_init
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
 from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
@@ -73,10 +73,10 @@ def train(config: Config, stop: StopSignal) -> int:
     Raises:
         UserError: before anything is allocated, where the configuration and what lies on disk cannot work together.
     """
-    dist = init(config.engine.device)
+    dist = init(config.engine.device, config.engine.sequence_parallel)
     dist.together(lambda: choose_kernels(config, dist))
     inputs = dist.together(lambda: load_inputs(config, dist))
-    refuse_impossible(config, make_plan(config, inputs.index), dist.world)
+    refuse_impossible(config, make_plan(config, inputs.index), dist.data_world)
     dist.together(lambda: refuse_other_experiment(config))
     stages, start = find_start(config, inputs, dist)
     export_finished(config, dist)
@@ -125,9 +125,10 @@ def train_stages(run: Run, stages: list[StageConfig], start: Start) -> int:
 def print_choices(config: Config, dist: Dist) -> None:
     """What was chosen for this machine, said once."""
     engine = f"DeepSpeed ZeRO-{config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "torch"
+    together = f", {dist.sequence} a sample" if dist.sequence > 1 else ""
     print(
         f"{run_folder(config)}: {config.model.name} {config.size.name}, {engine} in {config.engine.dtype}, "
-        f"{dist.world} x {dist.device.type}; kernels: {forms.describe(dist.device)}",
+        f"{dist.world} x {dist.device.type}{together}; kernels: {forms.describe(dist.device)}",
         flush=True,
     )
 
@@ -291,9 +292,9 @@ def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> 
             config.data,
             limit=config.validation.samples,
             batch_size=config.validation.batch_size,
-            rank=run.dist.rank,
-            world=run.dist.world,
-            bad_log=run_folder(config) / "bad_samples.jsonl" if at == "start" else None,  # named once is enough
+            rank=run.dist.data_rank,
+            world=run.dist.data_world,
+            bad_log=bad_log(config, run.dist) if at == "start" else None,  # named once is enough
         )
 
     measured = validate(state.networks, stage, held_out, config.validation, run.dist)

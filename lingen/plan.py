@@ -81,10 +81,13 @@ def make_plan(config: Config, index: Index) -> Plan:
 
 
 def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
-    """Raises:
-    UserError: a bucket that no sample fills, or a batch that the ranks and the accumulation do not divide.
+    """``world``: the ranks, or groups of ranks, that a batch is cut into.
+
+    Raises:
+        UserError: a bucket that no sample fills, or a batch that the ranks and the accumulation do not divide.
     """
-    parts = world * config.engine.grad_accumulation
+    parts, together = world * config.engine.grad_accumulation, config.engine.sequence_parallel
+    ranks = f"{world} ranks" if together == 1 else f"{world} groups of engine.sequence_parallel={together} ranks"
     for stage in plan.stages:
         for b in stage.buckets:
             where = f"stages.{stage.stage.name}.buckets: bucket {b.bucket}"
@@ -101,7 +104,7 @@ def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
                 )
             if b.bucket.batch_size % parts:
                 raise UserError(
-                    f"{where} has batch_size={b.bucket.batch_size}, which is not a multiple of {world} ranks x "
+                    f"{where} has batch_size={b.bucket.batch_size}, which is not a multiple of {ranks} x "
                     f"engine.grad_accumulation={config.engine.grad_accumulation}"
                 )
 

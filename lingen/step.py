@@ -74,13 +74,16 @@ def train_step(
 ) -> StepResult:
     """Noise, predict, backward over this rank's micro-batches, then one step.
 
+    Ranks that share their samples (``dist.sequence``) all have the same batches and the whole loss. So a sample counts
+    as often as ranks share it, in the losses as in the number that divides them.
+
     Holes count neither in the loss nor in its mean, so the mean is over the valid samples of the global batch. Where
     all are holes, the loss is NaN and the weights stay.
     """
     device = networks.device
     valid_total = torch.tensor(float(sum(int(b.valid.sum()) for b in batches)), device=device)
     dist.all_reduce_sum(valid_total)
-    valid = int(valid_total)
+    valid = int(valid_total) // dist.sequence
     loss_sum = torch.zeros((), device=device)
     for batch in batches:
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)

@@ -50,7 +50,8 @@ def bucket_losses(
             totals[i] += (sample_losses(velocity, latents, noise).double() * valid).sum()
         totals[-1] += valid.sum()
     dist.all_reduce_sum(totals)
-    return (totals[:-1] / totals[-1]).cpu(), int(totals[-1])
+    # Ranks that share their samples each counted them, in the losses as in their number.
+    return (totals[:-1] / totals[-1]).cpu(), int(totals[-1]) // dist.sequence
 
 
 def validate(
