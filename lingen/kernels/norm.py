@@ -115,9 +115,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     Raises:
         ValueError: an argument has a wrong shape, dtype, layout or device; the message names it.
     """
-    _check("x", x, x.shape if x.dim() == 3 else (), "(B, N, D)", x)
-    for name, given in (("shift", shift), ("scale", scale)):
-        _check(name, given, (x.shape[0], 1, x.shape[2]), "(B, 1, D)", x)
+    _check_modulate(x, shift, scale)
     if forms.chosen("norm", x.device) == "triton":
         from lingen.kernels.norm_modulate_triton import modulate_triton
 
@@ -174,24 +172,22 @@ def norm_rotate_ref(qkv: Tensor, scale: Tensor, table: Rotation, *, eps: float) 
 # ------------------------------------------------------------------------------------ bad input
 
 
-def _check(name: str, given: Tensor, shape: tuple[int, ...], axes: str, first: Tensor) -> None:
-    """``given`` has ``shape``, floating point numbers, dense channels, and lies where ``first`` does."""
-    if tuple(given.shape) != tuple(shape) or 0 in given.shape:
-        must = f"{axes}, each at least 1" if given is first else f"{axes} = {tuple(shape)}"
+def _check(name: str, given: Tensor, right: bool, must: str, device: torch.device) -> None:
+    """The shape is ``right``, and it holds floating point numbers, with dense channels, on ``device``."""
+    if not right or 0 in given.shape:
         raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be {must}")
     if not given.is_floating_point():
         raise ValueError(f"{name} {tuple(given.shape)} has dtype {given.dtype}; it must be floating point")
     if given.stride(-1) != 1 and given.shape[-1] > 1:
         raise ValueError(f"{name} {tuple(given.shape)} has strides {given.stride()}; the last must be 1")
-    if given.device != first.device:
-        raise ValueError(f"{name} {tuple(given.shape)} is on {given.device}; it must be on {first.device}")
+    if given.device != device:
+        raise ValueError(f"{name} {tuple(given.shape)} is on {given.device}; it must be on {device}")
 
 
 def _check_scanned(y: Tensor, index: ScanIndex) -> None:
-    _check("y", y, y.shape if y.dim() == 4 else (), "(B, M, 2h, P)", y)
-    heads, channels = y.shape[2:]
-    length = index.reviews + index.tokens
-    if heads % 2 or y.shape[1] != length or index.tokens < 1:
+    _check("y", y, y.dim() == 4, "(B, M, 2h, P), each at least 1", y.device)
+    length, heads, channels = y.shape[1:]
+    if heads % 2 or length != index.source.shape[0] or index.tokens < 1:
         raise ValueError(
             f"y has shape {tuple(y.shape)}; it must be (B, M, 2h, P): an even number of heads, and the index's "
             f"M = R + N = {index.reviews} + {index.tokens} positions, N at least 1"
@@ -209,17 +205,25 @@ def _check_scanned(y: Tensor, index: ScanIndex) -> None:
 def _check_gated(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex) -> None:
     _check_scanned(y, index)
     width = y.shape[2] // 2 * y.shape[3]  # E
-    gates = 2 if z.shape[-1] == 2 * width else 1
-    _check("z", z, (y.shape[0], index.tokens, gates * width), "(B, N, d*E), d = 1 or 2,", y)
-    _check("weight", weight, (gates * width,), "(d*E,)", y)
+    shape = (y.shape[0], index.tokens, 2 * width if z.shape[-1:] == (2 * width,) else width)
+    _check("z", z, z.shape == shape, f"(B, N, d*E), d = 1 or 2, = {shape}", y.device)
+    _check("weight", weight, weight.shape == shape[2:], f"(d*E,) = {shape[2:]}", y.device)
+
+
+def _check_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> None:
+    _check("x", x, x.dim() == 3, "(B, N, D), each at least 1", x.device)
+    shape = (x.shape[0], 1, x.shape[2])
+    for name, given in (("shift", shift), ("scale", scale)):
+        _check(name, given, given.shape == shape, f"(B, 1, D) = {shape}", x.device)
 
 
 def _check_rotate(qkv: Tensor, scale: Tensor, table: Rotation) -> None:
     right = qkv.dim() == 5 and qkv.shape[2] == 3 and qkv.shape[-1] % 2 == 0
-    _check("qkv", qkv, qkv.shape if right else (), "(B, N, 3, h, P), P even", qkv)
-    tokens, channels = qkv.shape[1], qkv.shape[-1]
-    _check("scale", scale, (2, 1, channels), "(2, 1, P)", qkv)
+    _check("qkv", qkv, right, "(B, N, 3, h, P), each at least 1, P even", qkv.device)
+    _, tokens, _, _, channels = qkv.shape
+    _check("scale", scale, scale.shape == (2, 1, channels), f"(2, 1, P) = {(2, 1, channels)}", qkv.device)
+    shape = (tokens, 1, 1, channels)
     for name, given in zip(("table[0]", "table[1]"), table, strict=True):
-        _check(name, given, (tokens, 1, 1, channels), "(N, 1, 1, P)", qkv)
+        _check(name, given, given.shape == shape, f"(N, 1, 1, P) = {shape}", qkv.device)
         if given.requires_grad:
             raise ValueError(f"{name} {tuple(given.shape)} requires a gradient; it must be a constant")
