@@ -50,7 +50,8 @@ def scan_conv(tokens: Tensor, reviews: Tensor, weight: Tensor, bias: Tensor, ind
     from lingen.kernels.conv_triton import scan_conv_triton
 
     _check_conv(tokens, reviews, weight, bias, index, inner)
-    return scan_conv_triton(tokens, reviews, weight, bias, index, inner)
+    out: Tensor = scan_conv_triton(tokens, reviews, weight, bias, index, inner)
+    return out
 
 
 def scan_conv_ref(
@@ -112,7 +113,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, taps: int) -> Tensor:
     batch, length, channels = grad.shape
     total = torch.zeros(taps, channels, dtype=_accumulator(x), device=x.device)
     rows = max(1, BLOCK_ELEMENTS // (batch * channels))
-    for start, part in zip(range(0, length, rows), grad.split(rows, dim=1), strict=True):
+    for start, part in zip(range(0, length, rows), torch.split(grad, rows, dim=1), strict=True):
         part = part.to(total.dtype)
         for tap in range(taps):
             total[tap] += (part * x[:, start + tap : start + tap + part.shape[1]]).sum((0, 1))
@@ -131,7 +132,8 @@ class _BothDirections(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        index = ScanIndex(*ctx.saved_tensors, ctx.reviews)
+        source, place = ctx.saved_tensors
+        index = ScanIndex(source, place, ctx.reviews)
         return *_gather_back(grad, index, ctx.directions, ctx.inner), None, None
 
 
@@ -205,11 +207,12 @@ def scan_steps(dt: Tensor, reviews_dt: Tensor, bias: Tensor, index: ScanIndex) -
     """
     if forms.chosen("conv", dt.device) == "torch":
         return scan_steps_ref(dt, reviews_dt, bias, index)
-    from lingen.kernels.conv_triton import scan_steps_triton
+    from lingen.kernels.conv_triton_steps import scan_steps_triton
 
     _check_rows("dt", dt, "reviews_dt", reviews_dt, index)
     _check_parameter("bias", bias, (2 * dt.shape[3],), dt)
-    return scan_steps_triton(dt, reviews_dt, bias, index)
+    steps: Tensor = scan_steps_triton(dt, reviews_dt, bias, index)
+    return steps
 
 
 def scan_steps_ref(dt: Tensor, reviews_dt: Tensor, bias: Tensor, index: ScanIndex) -> Tensor:
@@ -246,7 +249,8 @@ def review_tokens(x: Tensor, grid: Grid, pool: Grid) -> Tensor:
     from lingen.kernels.review_triton import review_tokens_triton
 
     _check_reviews(x, grid, pool)
-    return review_tokens_triton(x, grid, pool)
+    reviews: Tensor = review_tokens_triton(x, grid, pool)
+    return reviews
 
 
 def review_tokens_ref(x: Tensor, grid: Grid, pool: Grid) -> Tensor:

@@ -1,15 +1,15 @@
 """The causal convolution in Triton: reads its projection in natural order, writes in scan order, and back.
 
 Shapes: B batch, N tokens in natural order, R reviews, M = R + N scan positions, d projections, C = E + G channels of
-one, k taps. A program holds a tile of POSITIONS x CHANNELS; taps lie on a third axis, so that a tile and what each of
-its positions sees are one load, most of it from the L1 cache.
+one, k taps. A program holds tiles of POSITIONS x CHANNELS. It loads a tile once a tap, each time a position further
+back: all but the first come from the L1 cache.
 
 A row has one reader a tap and direction, and one place to put its gradient, so nothing is added atomically; the
 weights' gradients are sums of partial sums in a fixed order. Positions are below 2^31 (the index holds int32); rows
 and batches are widened to 64 bits before they meet a stride, so no offset wraps at any length. A program covers its
 own part of the result, so programs do not outnumber elements: 2^31 of them would have to write over 2^31 tiles.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from lingen.kernels.index import ScanIndex
 
-POSITIONS, CHANNELS = 16, 128  # of a tile; 128 channels in bf16 are two full cache lines
+POSITIONS, CHANNELS = 16, 128  # of a tile; 128 channels in bf16 are two cache lines
+HELD_POSITIONS = 8  # of a tile of the kernel that holds five sums in its registers
 PROGRAMS = 4096  # that share the positions of the weights' gradient: each leaves a row of partial sums
 
 
@@ -34,18 +35,18 @@ def _mirror(position, reviews, length):
 
 
 @triton.jit
-def _read(tokens, reviews, row, there, channel, inside, count, token_stride, review_stride):
-    """(..., CHANNELS): these rows (...,) of [reviews, tokens]; ``count`` of them are reviews.
+def _read(tokens, reviews, source, position, there, side, channel, inside, count, length, token_stride, review_stride):
+    """(POSITIONS, CHANNELS): what a direction reads at positions (POSITIONS,); 0 where none is ``there``.
 
     As two loads, each of what the other leaves out: of a choice between two pointers the compiler cannot tell that
     channels lie side by side, and loads them one by one.
     """
-    wide, last = row.to(tl.int64), tl.expand_dims(channel, 0)
-    token = tokens + tl.expand_dims((wide - count) * token_stride, -1) + last
-    review = reviews + tl.expand_dims(wide * review_stride, -1) + last
-    inside = tl.expand_dims(inside, 0)
-    of_tokens = tl.load(token, mask=tl.expand_dims(there & (row >= count), -1) & inside, other=0.0)
-    return of_tokens + tl.load(review, mask=tl.expand_dims(there & (row < count), -1) & inside, other=0.0)
+    at = source + tl.where(side == 0, position, _mirror(position, count, length))
+    row = tl.load(at, mask=there, other=0).to(tl.int64)
+    token = tokens + ((row - count) * token_stride)[:, None] + channel[None, :]
+    review = reviews + (row * review_stride)[:, None] + channel[None, :]
+    of_tokens = tl.load(token, mask=(there & (row >= count))[:, None] & inside[None, :], other=0.0)
+    return of_tokens + tl.load(review, mask=(there & (row < count))[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -66,97 +67,115 @@ def _tile(tile, tiles, reviews, side, POSITIONS: tl.constexpr):
 
 
 @triton.jit
-def _taps(weight, channel, inside, K: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr):
-    """(TAPS, 1, CHANNELS): what a channel's input, tap positions ago, is multiplied with; 0 where there is no tap."""
-    tap = tl.arange(0, TAPS)[:, None, None]
-    at = weight + channel[None, None, :] * K + (K - 1 - tap)
-    return tl.load(at, mask=(tap < K) & inside[None, None, :], other=0.0).to(WIDE)
+def _ago(tap, tokens, reviews, source, position, side, channel, inside, count, length, token_stride, review_stride,
+         WIDE: tl.constexpr):  # fmt: skip
+    """(POSITIONS, CHANNELS): what was read ``tap`` positions ago, 0 ahead of the first."""
+    there = (position >= tap) & (position < length)
+    return _read(tokens, reviews, source, position - tap, there, side, channel, inside, count, length, token_stride,
+                 review_stride).to(WIDE)  # fmt: skip
 
 
 @triton.jit
-def _window(tokens, reviews, source, position, side, channel, inside, count, length, token_stride, review_stride,
-            K: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """(TAPS, POSITIONS, CHANNELS): what each position sees, 0, 1, ... TAPS - 1 positions ago."""
-    tap = tl.arange(0, TAPS)[:, None]
-    seen = position[None, :] - tap
-    there = (seen >= 0) & (position < length)[None, :] & (tap < K)
-    row = tl.load(source + tl.where(side == 0, seen, _mirror(seen, count, length)), mask=there, other=0)
-    return _read(tokens, reviews, row, there, channel, inside, count, token_stride, review_stride).to(WIDE)
+def _convolve(tokens, reviews, taps, bias, source, position, side, channel, inside, to, count, length, token_stride,
+              review_stride, WIDTH: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """(POSITIONS, CHANNELS): the result ahead of the SiLU."""
+    total = tl.load(bias + to, mask=inside, other=0.0).to(WIDE)[None, :]
+    for tap in tl.static_range(K):
+        weight = tl.load(taps + tap * WIDTH + to, mask=inside, other=0.0).to(WIDE)
+        total += weight[None, :] * _ago(tap, tokens, reviews, source, position, side, channel, inside, count, length,
+                                        token_stride, review_stride, WIDE)  # fmt: skip
+    return total
 
 
 @triton.jit
-def _forward(tokens, reviews, weight, bias, source, out, count, length, tiles, token_batch, token_stride, token_side,
+def _forward(tokens, reviews, taps, bias, source, out, count, length, tiles, token_batch, token_stride, token_side,
              review_batch, review_stride, review_side, E: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-             TAPS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-             WIDE: tl.constexpr):  # fmt: skip
+             BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """One tile of one direction."""
+    WIDTH: tl.constexpr = 2 * (E + G)
     program = tl.program_id(0)
     side, block, tile = program % 2, program // 2 % BLOCKS, program // 2 // BLOCKS
     batch = (tile // tiles).to(tl.int64)
     position = _tile(tile % tiles, tiles, count, side, POSITIONS)
     channel, inside, to = _channels(block, side, E, G, CHANNELS)
-    seen = _window(tokens + batch * token_batch + side * token_side, reviews + batch * review_batch
-                   + side * review_side, source, position, side, channel, inside, count, length, token_stride,
-                   review_stride, K, TAPS, WIDE)  # fmt: skip
-    before = tl.sum(seen * _taps(weight, to, inside, K, TAPS, WIDE), axis=0)
-    before += tl.load(bias + to, mask=inside, other=0.0).to(WIDE)[None, :]
-    at = out + (batch * length + position)[:, None] * (2 * (E + G)) + to[None, :]
+    before = _convolve(tokens + batch * token_batch + side * token_side, reviews + batch * review_batch
+                       + side * review_side, taps, bias, source, position, side, channel, inside, to, count, length,
+                       token_stride, review_stride, WIDTH, K, WIDE)  # fmt: skip
+    at = out + (batch * length + position)[:, None] * WIDTH + to[None, :]
     tl.store(at, before * tl.sigmoid(before), mask=(position < length)[:, None] & inside[None, :])
 
 
 @triton.jit
-def _before_gradient(tokens, reviews, weight, bias, source, dout, dbefore, dweights, dbiases, count, length, tiles,
+def _before_gradient(tokens, reviews, taps, bias, source, dout, dbefore, dtaps, dbiases, count, length, tiles,
                      all_tiles, share, token_batch, token_stride, token_side, review_batch, review_stride, review_side,
-                     dout_batch, dout_stride, E: tl.constexpr, G: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr,
+                     dout_batch, dout_stride, FIRST: tl.constexpr, E: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
                      BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
                      WIDE: tl.constexpr):  # fmt: skip
-    """The gradient ahead of the SiLU, over ``share`` tiles of one direction; their sums for weight and bias."""
+    """The gradient ahead of the SiLU, over ``share`` tiles of one direction; its sums for the bias and for the weights
+    of four taps from ``FIRST``."""
+    WIDTH: tl.constexpr = 2 * (E + G)
     program = tl.program_id(0)
     side, block, strip = program % 2, program // 2 % BLOCKS, program // 2 // BLOCKS
     channel, inside, to = _channels(block, side, E, G, CHANNELS)
-    taps = _taps(weight, to, inside, K, TAPS, WIDE)
-    shift = tl.load(bias + to, mask=inside, other=0.0).to(WIDE)[None, :]
-    dweight = tl.zeros([TAPS, POSITIONS, CHANNELS], dtype=WIDE)
     dbias = tl.zeros([POSITIONS, CHANNELS], dtype=WIDE)
+    dtap0, dtap1, dtap2, dtap3 = dbias, dbias, dbias, dbias
     for tile in range(strip * share, tl.minimum(strip * share + share, all_tiles)):
         batch = (tile // tiles).to(tl.int64)
         position = _tile(tile % tiles, tiles, count, side, POSITIONS)
-        seen = _window(tokens + batch * token_batch + side * token_side, reviews + batch * review_batch
-                       + side * review_side, source, position, side, channel, inside, count, length, token_stride,
-                       review_stride, K, TAPS, WIDE)  # fmt: skip
-        before = tl.sum(seen * taps, axis=0) + shift
+        own, over = (
+            tokens + batch * token_batch + side * token_side,
+            reviews + batch * review_batch + side * review_side,
+        )
+        before = _convolve(own, over, taps, bias, source, position, side, channel, inside, to, count, length,
+                           token_stride, review_stride, WIDTH, K, WIDE)  # fmt: skip
         sigmoid = tl.sigmoid(before)
         mask = (position < length)[:, None] & inside[None, :]
         row = position.to(tl.int64)[:, None]
         grad = tl.load(dout + batch * dout_batch + row * dout_stride + to[None, :], mask=mask, other=0.0).to(WIDE)
         grad *= sigmoid * (1 + before * (1 - sigmoid))
-        tl.store(dbefore + (batch * length + row) * (2 * (E + G)) + to[None, :], grad, mask=mask)
-        dweight += seen * grad[None, :, :]
+        tl.store(dbefore + (batch * length + row) * WIDTH + to[None, :], grad, mask=mask)
         dbias += grad
-    tap = tl.arange(0, TAPS)[:, None]
-    at = dweights + (strip.to(tl.int64) * K + K - 1 - tap) * (2 * (E + G)) + to[None, :]
-    tl.store(at, tl.sum(dweight, axis=1), mask=(tap < K) & inside[None, :])
-    tl.store(dbiases + strip.to(tl.int64) * (2 * (E + G)) + to, tl.sum(dbias, axis=0), mask=inside)
+        dtap0 += grad * _ago(FIRST, own, over, source, position, side, channel, inside, count, length, token_stride,
+                             review_stride, WIDE)  # fmt: skip
+        if FIRST + 1 < K:
+            dtap1 += grad * _ago(FIRST + 1, own, over, source, position, side, channel, inside, count, length,
+                                 token_stride, review_stride, WIDE)  # fmt: skip
+        if FIRST + 2 < K:
+            dtap2 += grad * _ago(FIRST + 2, own, over, source, position, side, channel, inside, count, length,
+                                 token_stride, review_stride, WIDE)  # fmt: skip
+        if FIRST + 3 < K:
+            dtap3 += grad * _ago(FIRST + 3, own, over, source, position, side, channel, inside, count, length,
+                                 token_stride, review_stride, WIDE)  # fmt: skip
+    tl.store(dbiases + strip.to(tl.int64) * WIDTH + to, tl.sum(dbias, axis=0), mask=inside)
+    at = dtaps + (strip.to(tl.int64) * K + FIRST) * WIDTH + to
+    tl.store(at, tl.sum(dtap0, axis=0), mask=inside)
+    tl.store(at + WIDTH, tl.sum(dtap1, axis=0), mask=inside & (FIRST + 1 < K))
+    tl.store(at + 2 * WIDTH, tl.sum(dtap2, axis=0), mask=inside & (FIRST + 2 < K))
+    tl.store(at + 3 * WIDTH, tl.sum(dtap3, axis=0), mask=inside & (FIRST + 3 < K))
 
 
 @triton.jit
-def _seen_by(dbefore, weight, position, side, block, length, E: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
-             TAPS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """(POSITIONS, CHANNELS): the gradient of a direction's input, from the k positions that saw it."""
+def _seen_by(dbefore, taps, position, side, block, length, E: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
+             CHANNELS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """(POSITIONS, CHANNELS): the gradient of what a direction read at a position, from the k positions that saw it."""
+    WIDTH: tl.constexpr = 2 * (E + G)
     _, inside, to = _channels(block, side, E, G, CHANNELS)
-    tap = tl.arange(0, TAPS)[:, None]
-    by = position[None, :] + tap
-    there = (by >= 0) & (by < length) & (tap < K)
-    at = dbefore + by.to(tl.int64)[:, :, None] * (2 * (E + G)) + to[None, None, :]
-    grad = tl.load(at, mask=there[:, :, None] & inside[None, None, :], other=0.0).to(WIDE)
-    return tl.sum(grad * _taps(weight, to, inside, K, TAPS, WIDE), axis=0)
+    total = tl.zeros([position.shape[0], CHANNELS], dtype=WIDE)
+    for tap in tl.static_range(K):
+        weight = tl.load(taps + tap * WIDTH + to, mask=inside, other=0.0).to(WIDE)
+        by = position + tap
+        at = dbefore + by.to(tl.int64)[:, None] * WIDTH + to[None, :]
+        there = (position >= 0) & (by < length)
+        total += weight[None, :] * tl.load(at, mask=there[:, None] & inside[None, :], other=0.0).to(WIDE)
+    return total
 
 
 @triton.jit
-def _input_gradient(dbefore, weight, source, dtokens, dreviews, count, length, tiles, E: tl.constexpr, G: tl.constexpr,
-                    K: tl.constexpr, TAPS: tl.constexpr, SIDES: tl.constexpr, BLOCKS: tl.constexpr,
-                    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _input_gradient(dbefore, taps, source, dtokens, dreviews, count, length, tiles, E: tl.constexpr, G: tl.constexpr,
+                    K: tl.constexpr, SIDES: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr,
+                    CHANNELS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The gradient of the rows that the forward direction reads at a tile's positions; each has one writer."""
+    STRIDE: tl.constexpr = SIDES * (E + G)
     program = tl.program_id(0)
     side, block, tile = program % SIDES, program // SIDES % BLOCKS, program // SIDES // BLOCKS
     batch = (tile // tiles).to(tl.int64)
@@ -164,21 +183,18 @@ def _input_gradient(dbefore, weight, source, dtokens, dreviews, count, length, t
     mirrored = _mirror(position, count, length)
     dbefore += batch * length * (2 * (E + G))
     if SIDES == 1:
-        grad = _seen_by(dbefore, weight, position, 0, block, length, E, G, K, TAPS, CHANNELS, WIDE)
-        grad += _seen_by(dbefore, weight, mirrored, 1, block, length, E, G, K, TAPS, CHANNELS, WIDE)
+        grad = _seen_by(dbefore, taps, position, 0, block, length, E, G, K, CHANNELS, WIDE)
+        grad += _seen_by(dbefore, taps, mirrored, 1, block, length, E, G, K, CHANNELS, WIDE)
     else:
         own = tl.where(side == 0, position, mirrored)
-        grad = _seen_by(dbefore, weight, own, side, block, length, E, G, K, TAPS, CHANNELS, WIDE)
-    STRIDE: tl.constexpr = SIDES * (E + G)
-    row = tl.load(source + position, mask=position < length, other=0)
-    dtokens += batch * (length - count) * STRIDE + side * (E + G)
-    dreviews += batch * count * STRIDE + side * (E + G)
+        grad = _seen_by(dbefore, taps, own, side, block, length, E, G, K, CHANNELS, WIDE)
+    there = position < length
+    row = tl.load(source + position, mask=there, other=0).to(tl.int64)
     channel, inside, _ = _channels(block, side, E, G, CHANNELS)
-    there, wide = position < length, row.to(tl.int64)
-    at = dreviews + (wide * STRIDE)[:, None] + channel[None, :]
-    tl.store(at, grad, mask=(there & (row < count))[:, None] & inside[None, :])
-    at = dtokens + ((wide - count) * STRIDE)[:, None] + channel[None, :]
-    tl.store(at, grad, mask=(there & (row >= count))[:, None] & inside[None, :])
+    token = dtokens + (batch * (length - count) + row - count) * STRIDE + side * (E + G)
+    review = dreviews + (batch * count + row) * STRIDE + side * (E + G)
+    tl.store(token[:, None] + channel[None, :], grad, mask=(there & (row >= count))[:, None] & inside[None, :])
+    tl.store(review[:, None] + channel[None, :], grad, mask=(there & (row < count))[:, None] & inside[None, :])
 
 
 class _ScanConv(torch.autograd.Function):
@@ -193,10 +209,10 @@ class _ScanConv(torch.autograd.Function):
         (batch, _, _, channels), length = tokens.shape, index.source.shape[0]
         out = tokens.new_empty(batch, length, 2 * channels)
         sizes = _sizes(tokens, weight, inner)
-        tiles = triton.cdiv(length, sizes["POSITIONS"])
+        tiles = triton.cdiv(length, POSITIONS)
         _forward[(2 * sizes["BLOCKS"] * batch * tiles,)](
-            tokens, reviews, weight.contiguous(), bias.contiguous(), index.source, out, reviews.shape[1], length,
-            tiles, *strides(tokens), *strides(reviews), **sizes,
+            tokens, reviews, _by_age(weight), bias.contiguous(), index.source, out, reviews.shape[1], length,
+            tiles, *strides(tokens), *strides(reviews), POSITIONS=POSITIONS, **sizes,
         )  # fmt: skip
         return out
 
@@ -206,25 +222,33 @@ class _ScanConv(torch.autograd.Function):
         tokens, reviews, weight, bias, source = ctx.saved_tensors
         (batch, _, sides, channels), (count, length) = tokens.shape, (reviews.shape[1], source.shape[0])
         dout = dout if dout.stride(2) == 1 else dout.contiguous()
-        weight, bias = weight.contiguous(), bias.contiguous()
+        taps, bias = _by_age(weight), bias.contiguous()
         sizes = _sizes(tokens, weight, ctx.inner)
-        tiles = triton.cdiv(length, sizes["POSITIONS"])
+        tiles = triton.cdiv(length, HELD_POSITIONS)
         share = triton.cdiv(2 * sizes["BLOCKS"] * batch * tiles, PROGRAMS)
         strips = triton.cdiv(batch * tiles, share)
         dbefore = tokens.new_empty(batch, length, 2 * channels)
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        dweights = tokens.new_empty(strips, weight.shape[1], 2 * channels, dtype=wide)
+        dtaps = tokens.new_empty(strips, *taps.shape, dtype=wide)  # (strips, k, 2C)
         dbiases = tokens.new_empty(strips, 2 * channels, dtype=wide)
-        _before_gradient[(2 * sizes["BLOCKS"] * strips,)](
-            tokens, reviews, weight, bias, source, dout, dbefore, dweights, dbiases, count, length, tiles,
-            batch * tiles, share, *strides(tokens), *strides(reviews), dout.stride(0), dout.stride(1), **sizes,
-        )  # fmt: skip
+        for first in range(0, taps.shape[0], 4):
+            _before_gradient[(2 * sizes["BLOCKS"] * strips,)](
+                tokens, reviews, taps, bias, source, dout, dbefore, dtaps, dbiases, count, length, tiles,
+                batch * tiles, share, *strides(tokens), *strides(reviews), dout.stride(0), dout.stride(1),
+                FIRST=first, POSITIONS=HELD_POSITIONS, **sizes,
+            )  # fmt: skip
         dtokens = tokens.new_empty(tokens.shape)
         dreviews = reviews.new_empty(reviews.shape)
+        tiles = triton.cdiv(length, POSITIONS)
         _input_gradient[(sides * sizes["BLOCKS"] * batch * tiles,)](
-            dbefore, weight, source, dtokens, dreviews, count, length, tiles, SIDES=sides, **sizes
+            dbefore, taps, source, dtokens, dreviews, count, length, tiles, SIDES=sides, POSITIONS=POSITIONS, **sizes
         )
-        return dtokens, dreviews, dweights.sum(0).t().to(weight.dtype), dbiases.sum(0).to(bias.dtype), None, None
+        return dtokens, dreviews, dtaps.sum(0).flip(0).t().to(weight.dtype), dbiases.sum(0).to(bias.dtype), None, None
+
+
+def _by_age(weight: Tensor) -> Tensor:
+    """(2C, k) -> (k, 2C): what is multiplied with the input of 0, 1, ... k-1 positions ago."""
+    return weight.flip(1).t().contiguous()
 
 
 def strides(rows: Tensor) -> tuple[int, int, int]:
@@ -234,21 +258,19 @@ def strides(rows: Tensor) -> tuple[int, int, int]:
 
 def _sizes(tokens: Tensor, weight: Tensor, inner: int) -> dict[str, Any]:
     """The kernels' constants."""
-    groups, taps = tokens.shape[3] - inner, weight.shape[1]
+    groups = tokens.shape[3] - inner
     block = min(CHANNELS, max(16, triton.next_power_of_2(max(inner, groups))))
     return {
         "E": inner,
         "G": groups,
-        "K": taps,
-        "TAPS": triton.next_power_of_2(taps),
+        "K": weight.shape[1],
         "BLOCKS": triton.cdiv(inner, block) + triton.cdiv(groups, block),
-        "POSITIONS": POSITIONS,
         "CHANNELS": block,
         "WIDE": tl.float64 if tokens.dtype == torch.float64 else tl.float32,
     }
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def scan_conv_triton(
     tokens: Tensor, reviews: Tensor, weight: Tensor, bias: Tensor, index: ScanIndex, inner: int
 ) -> Tensor:

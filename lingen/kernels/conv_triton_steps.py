@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens in natural order, R reviews, M = R + N scan positions, d projections, h heads a direction.
 A program holds a tile of POSITIONS x HEADS of one direction. Offsets cannot wrap: see ``conv_triton``.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ def _softplus(x):
 @triton.jit
 def _steps(dt, reviews_dt, bias, source, batch, position, side, head, count, length, dt_batch, dt_stride, dt_side,
            review_batch, review_stride, review_side, H: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Ahead of the softplus (POSITIONS, HEADS), and the rows that it came from (POSITIONS,)."""
-    there, inside = position < length, head < H
-    at = source + tl.where(side == 0, position, _mirror(position, count, length))
-    row = tl.load(at, mask=there, other=0)
-    steps = _read(dt + batch * dt_batch + side * dt_side, reviews_dt + batch * review_batch + side * review_side, row,
-                  there, head, inside, count, dt_stride, review_stride)  # fmt: skip
-    return steps.to(WIDE) + tl.load(bias + side * H + head, mask=inside, other=0.0).to(WIDE)[None, :], row
+    """(POSITIONS, HEADS): ahead of the softplus."""
+    steps = _read(dt + batch * dt_batch + side * dt_side, reviews_dt + batch * review_batch + side * review_side,
+                  source, position, position < length, side, head, head < H, count, length, dt_stride,
+                  review_stride)  # fmt: skip
+    return steps.to(WIDE) + tl.load(bias + side * H + head, mask=head < H, other=0.0).to(WIDE)[None, :]
 
 
 @triton.jit
@@ -52,7 +50,7 @@ def _forward(dt, reviews_dt, bias, source, out, count, length, tiles, dt_batch, 
     side, block, tile = program % 2, program // 2 % BLOCKS, program // 2 // BLOCKS
     batch = (tile // tiles).to(tl.int64)
     position, head = tile % tiles * POSITIONS + tl.arange(0, POSITIONS), block * HEADS + tl.arange(0, HEADS)
-    steps, _ = _steps(dt, reviews_dt, bias, source, batch, position, side, head, count, length, dt_batch, dt_stride,
+    steps = _steps(dt, reviews_dt, bias, source, batch, position, side, head, count, length, dt_batch, dt_stride,
                       dt_side, review_batch, review_stride, review_side, H, WIDE)  # fmt: skip
     at = out + (batch * length + position)[:, None] * (2 * H) + side * H + head[None, :]
     tl.store(at, _softplus(steps), mask=(position < length)[:, None] & (head < H)[None, :])
@@ -72,10 +70,12 @@ def _backward(dt, reviews_dt, bias, source, dout, drows, dbiases, count, length,
         batch = (tile // tiles).to(tl.int64)
         position = tile % tiles * POSITIONS + tl.arange(0, POSITIONS)
         mask = (position < length)[:, None] & inside[None, :]
-        steps, row = _steps(dt, reviews_dt, bias, source, batch, position, side, head, count, length, dt_batch,
+        steps = _steps(dt, reviews_dt, bias, source, batch, position, side, head, count, length, dt_batch,
                             dt_stride, dt_side, review_batch, review_stride, review_side, H, WIDE)  # fmt: skip
         at = dout + batch * dout_batch + position.to(tl.int64)[:, None] * dout_stride + side * H + head[None, :]
         grad = tl.load(at, mask=mask, other=0.0).to(WIDE) * tl.sigmoid(steps)
+        at = source + tl.where(side == 0, position, _mirror(position, count, length))
+        row = tl.load(at, mask=position < length, other=0)
         at = drows + (batch * length + row)[:, None] * (2 * H) + side * H + head[None, :]
         tl.store(at, grad, mask=mask)
         dbias += grad
@@ -129,7 +129,7 @@ def _sizes(dt: Tensor) -> dict[str, Any]:
     }
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def scan_steps_triton(dt: Tensor, reviews_dt: Tensor, bias: Tensor, index: ScanIndex) -> Tensor:
     """``scan_steps`` without its checks."""
     steps: Tensor = _ScanSteps.apply(dt, reviews_dt, bias, index)

@@ -4,7 +4,7 @@ Shapes: B batch, N tokens of the grid (T, H, W), R review tokens of the grid (t,
 A program holds a tile of ROWS x CHANNELS. Rows and batches are widened to 64 bits before they meet a stride, and a
 program covers its own part of a tensor, so that neither offsets nor programs pass 2^31 at any length.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -55,13 +55,11 @@ def _pool(x, out, rows, x_batch, x_stride, x_side, T: tl.constexpr, H: tl.conste
     x += batch * x_batch + side * x_side
     total = tl.zeros([ROWS, CHANNELS], dtype=WIDE)
     for first in range(0, PT * PH * PW, TOGETHER):
-        i = first + tl.arange(0, TOGETHER)[:, None]
-        t, h, w = t0[None, :] + i // (PH * PW), h0[None, :] + i // PW % PH, w0[None, :] + i % PW
-        there = (row < rows)[None, :] & (i < PT * PH * PW) & (t < T) & (h < H) & (w < W)
-        token = ((t * H + h) * W + w).to(tl.int64)  # (TOGETHER, ROWS)
-        at = x + (token * x_stride)[:, :, None] + channel[None, None, :]
-        part = tl.load(at, mask=there[:, :, None] & (channel < C)[None, None, :], other=0.0)
-        total += tl.sum(part.to(WIDE), axis=0)
+        for i in tl.static_range(TOGETHER):
+            t, h, w = t0 + (first + i) // (PH * PW), h0 + (first + i) // PW % PH, w0 + (first + i) % PW
+            there = (row < rows) & (first + i < PT * PH * PW) & (t < T) & (h < H) & (w < W)
+            at = x + (((t * H + h) * W + w).to(tl.int64) * x_stride)[:, None] + channel[None, :]
+            total += tl.load(at, mask=there[:, None] & (channel < C)[None, :], other=0.0).to(WIDE)
     at = out + ((batch * rows + row) * D + side)[:, None] * C + channel[None, :]
     mean = total / count.to(WIDE)[:, None]
     tl.store(at, mean, mask=(row < rows)[:, None] & (channel < C)[None, :])
@@ -107,7 +105,8 @@ class _Reviews(torch.autograd.Function):
 def _sizes(x: Tensor, grid: Grid, pool: Grid) -> dict[str, Any]:
     """The kernels' constants."""
     return {
-        **dict(zip(("T", "H", "W", "PT", "PH", "PW"), (*grid, *pool), strict=True)),
+        **dict(zip(("T", "H", "W"), grid, strict=True)),
+        **dict(zip(("PT", "PH", "PW"), map(min, pool, grid), strict=True)),  # a box holds no more than the grid does
         "D": x.shape[2],
         "C": x.shape[3],
         "ROWS": ROWS,
@@ -119,10 +118,11 @@ def _sizes(x: Tensor, grid: Grid, pool: Grid) -> dict[str, Any]:
 def _programs(rows: Tensor, sizes: dict[str, Any]) -> int:
     """How many tiles cover rows (B, rows, d, C)."""
     batch, count, sides, channels = rows.shape
-    return batch * triton.cdiv(count, sizes["ROWS"]) * sides * triton.cdiv(channels, sizes["CHANNELS"])
+    tiles = triton.cdiv(count, sizes["ROWS"]) * triton.cdiv(channels, sizes["CHANNELS"])
+    return int(batch * sides * tiles)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def review_tokens_triton(x: Tensor, grid: Grid, pool: Grid) -> Tensor:
     """``review_tokens`` without its checks."""
     batch, tokens, *rest = x.shape
