@@ -1,6 +1,7 @@
 """Measure: ``python scripts/bench.py NAME key=value ...``; the last line on stdout is JSON.
 
-scan    the scan's CPU time per token at 1k to 64k tokens, and against full attention of the same width
+scan    the scan's CPU time per token at 1k to 64k tokens, against full attention of the same width, and against the
+        torch scans of mamba-ssm and transformers
 import  the wall time of ``import lingen`` and of importing the training loop
 demo    the wall time and the peak memory of ``make demo``, without installation
 """

@@ -1,10 +1,14 @@
-"""The scan's cost per token against length, and against full attention of the same width; one thread.
+"""The scan's cost per token against length, against full attention of the same width, and against other scans in torch.
+
+All on one thread. The others are what mamba-ssm and transformers run where they have no fused kernel: on the same
+inputs, in the same rounds, and with the same result, whose difference is reported.
 
 Shapes: L tokens, H heads, P channels a head, G groups, N state channels.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lingen.bench.timing import Case, Seconds, interleave, median, ratio
+from lingen.kernels.mamba_package import bare_mamba_package
 from lingen.kernels.ssd import ssd_ref
 
 Lengths = Annotated[list[PositiveInt], Field(min_length=1)]
+Scan = Callable[..., Tensor]
 
 
 class ScanWords(BaseModel):
@@ -29,6 +35,7 @@ class ScanWords(BaseModel):
 
     tokens: Lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
     attention_tokens: Lengths = [1024, 2048, 4096, 8192]
+    rival_tokens: Lengths = [2048, 4096]  # where mamba-ssm's and transformers' torch scans are compared
     width: PositiveInt = 256
     head_dim: PositiveInt = 64
     d_state: PositiveInt = 64
@@ -38,11 +45,15 @@ class ScanWords(BaseModel):
     rounds: PositiveInt = 5
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ScanWords:
+    def _lengths_fit(self) -> ScanWords:
         if self.width % self.head_dim:
             raise ValueError(f"width={self.width} must be a multiple of head_dim={self.head_dim}")
         if missing := set(self.attention_tokens) - set(self.tokens):
             raise ValueError(f"attention_tokens={sorted(missing)} must be among tokens={self.tokens} to be compared")
+        if ragged := [n for n in self.rival_tokens if n % self.chunk_size]:
+            raise ValueError(
+                f"rival_tokens={ragged} must be multiples of chunk_size={self.chunk_size}: mamba-ssm's are"
+            )
         return self
 
 
@@ -53,7 +64,7 @@ def run(words: ScanWords) -> dict[str, Any]:
     for length in sorted(set(words.tokens)):
         inputs, weight = _scan_inputs(words, length)
         calls = max(1, max(words.tokens) // length)  # each measurement covers as many tokens
-        scan = _Step(lambda *t: ssd_ref(*t, chunk_size=words.chunk_size), inputs, weight)
+        scan = _Step(_ours(words), inputs, weight)
         cases |= {f"ssd_fwd {length}": Case(scan.forward, calls), f"ssd_fwdbwd {length}": Case(scan.both, calls)}
     for length in sorted(set(words.attention_tokens)):
         inputs, weight = _attention_inputs(words, length)
@@ -63,7 +74,16 @@ def run(words: ScanWords) -> dict[str, Any]:
             f"sdpa_fwd {length}": Case(attention.forward, calls),
             f"sdpa_fwdbwd {length}": Case(attention.both, calls),
         }
-    return _report(words, interleave(cases, words.rounds))
+    scans = {"ours": _ours(words), **_rivals(words)}
+    steps = {
+        (name, length): _Step(scan, *_scan_inputs(words, length))
+        for length in sorted(set(words.rival_tokens))
+        for name, scan in scans.items()
+    }
+    for (name, length), step in steps.items():
+        cases |= {f"{name}_fwd {length}": Case(step.forward), f"{name}_fwdbwd {length}": Case(step.both)}
+    seconds = interleave(cases, words.rounds)
+    return _report(words, seconds) | _report_rivals(steps, seconds)
 
 
 class _Step:
@@ -73,12 +93,36 @@ class _Step:
         self.function, self.inputs, self.weight = function, inputs, weight
         self.leaves = [t.detach().requires_grad_() for t in inputs]
 
-    def forward(self) -> None:
+    def forward(self) -> Tensor:
         with torch.no_grad():
-            self.function(*self.inputs)
+            return self.function(*self.inputs)
 
     def both(self) -> None:
         torch.autograd.grad(self.function(*self.leaves), self.leaves, self.weight)
+
+
+def _ours(words: ScanWords) -> Scan:
+    """Of x, dt, A, B and C, as every scan here."""
+    return lambda *inputs: ssd_ref(*inputs, chunk_size=words.chunk_size)
+
+
+def _rivals(words: ScanWords) -> dict[str, Scan]:
+    """The scans that other packages run in torch, of those that are installed; what is missing is said."""
+    rivals: dict[str, Scan] = {}
+    try:
+        with bare_mamba_package():
+            from mamba_ssm.ops.triton.ssd_combined import ssd_chunk_scan_combined_ref
+        rivals["mamba_ssm"] = lambda *inputs: ssd_chunk_scan_combined_ref(*inputs, words.chunk_size)
+    except ImportError as problem:
+        print(f"not compared with mamba-ssm's ssd_chunk_scan_combined_ref: {problem}")
+    try:
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+        in_torch = inspect.unwrap(mamba2_chunk_scan)  # without its choice of a kernel that may be installed
+        rivals["transformers"] = lambda *inputs: in_torch(*inputs, words.chunk_size)
+    except ImportError as problem:
+        print(f"not compared with transformers' mamba2_chunk_scan: {problem}")
+    return rivals
 
 
 def _scan_inputs(words: ScanWords, length: int) -> tuple[list[Tensor], Tensor]:
@@ -118,6 +162,20 @@ def _report(words: ScanWords, seconds: Seconds) -> dict[str, Any]:
         speedups = {n: ratio(seconds, f"sdpa_{kind} {n}", f"ssd_{kind} {n}") for n in attention_tokens}
         result[f"sdpa_over_ssd_{kind}"] = [round(speedup, 3) for speedup in speedups.values()]
         result[name] = crossover(speedups)
+    return result
+
+
+def _report_rivals(steps: dict[tuple[str, int], _Step], seconds: Seconds) -> dict[str, Any]:
+    """By rival: how many times the scan's CPU time it needs, and how far its result is from the scan's."""
+    names, lengths = (list(dict.fromkeys(column)) for column in zip(*steps, strict=True))
+    result: dict[str, Any] = {}
+    for rival in names[1:]:
+        pairs = [(steps[rival, n].forward(), steps["ours", n].forward()) for n in lengths]
+        result[f"{rival}_difference"] = max(float((y - ours).abs().max() / ours.abs().max()) for y, ours in pairs)
+        for kind in ("fwd", "fwdbwd"):
+            ratios = {n: round(ratio(seconds, f"{rival}_{kind} {n}", f"ours_{kind} {n}"), 3) for n in lengths}
+            result[f"{rival}_over_ssd_{kind}"] = list(ratios.values())
+            print(f"{rival}_{kind} over ssd_{kind}  " + "  ".join(f"{n}: {times:.2f}" for n, times in ratios.items()))
     return result
 
 

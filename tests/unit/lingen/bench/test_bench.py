@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 
 import pytest
@@ -53,7 +54,8 @@ def test_crossover_holds_for_every_longer_length(speedups: dict[int, float], exp
 
 
 def test_scan_reports_every_length_once() -> None:
-    result = run_scan(ScanWords(tokens=[128, 64], attention_tokens=[64], width=32, head_dim=16, d_state=4, rounds=1))
+    small = {"width": 32, "head_dim": 16, "d_state": 4, "rounds": 1}
+    result = run_scan(ScanWords(tokens=[128, 64], attention_tokens=[64], rival_tokens=[128, 64], **small))
     assert result["tokens"] == [64, 128] and result["attention_tokens"] == [64]
     for kind, count in {"ssd_fwd": 2, "ssd_fwdbwd": 2, "sdpa_fwd": 1, "sdpa_fwdbwd": 1}.items():
         costs = result[f"{kind}_us_per_token"]
@@ -62,6 +64,10 @@ def test_scan_reports_every_length_once() -> None:
         result["ratio_fwd_64k_4k"] is None and result["ratio_fwdbwd_64k_4k"] is None
     )  # lengths that were not asked for
     assert result["crossover_tokens"] in (64, None)
+    rivals = ["transformers", *(["mamba_ssm"] if importlib.util.find_spec("mamba_ssm") else [])]
+    for rival in rivals:
+        assert len(result[f"{rival}_over_ssd_fwd"]) == len(result[f"{rival}_over_ssd_fwdbwd"]) == 2
+        assert result[f"{rival}_difference"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -69,6 +75,7 @@ def test_scan_reports_every_length_once() -> None:
     [
         (["width=100"], "width=100 must be a multiple of head_dim=64"),
         (["attention_tokens=[512]"], r"attention_tokens=\[512\] must be among tokens="),
+        (["rival_tokens=[100]"], r"rival_tokens=\[100\] must be multiples of chunk_size=64"),
         (["tokens=[]"], "tokens"),
         (["round=3"], "unknown key 'round'; did you mean 'rounds'?"),
         (["rounds=0"], "rounds=0"),
