@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,7 +54,7 @@ class Case:
 
     def gradients(self, form: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensors]:
         """The outputs, and the gradients of a fixed random functional of them."""
-        leaves = {name: t.clone().requires_grad_() for name, t in self.cast(dtype).items()}
+        leaves = {name: t.detach().requires_grad_() for name, t in self.cast(dtype).items()}
         outputs = self.run(form, leaves)
         loss = sum((out * normal(*out.shape, seed=i).to(dtype)).sum() for i, out in enumerate(outputs))
         return outputs, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -241,14 +241,35 @@ def test_triton_computes_fp64_in_fp64(case: Case, triton_form: None) -> None:
 
 @KERNELS
 def test_a_broadcast_gradient(case: Case, triton_form: None) -> None:
-    """That of a sum has no strides at all; and of several outputs, some may have none."""
-    found = []
-    for form in ("", "_ref"):
+    """That of a sum has no strides at all; and of several outputs, only one may have any."""
+    found: dict[str, list[Tensor]] = {"": [], "_ref": []}
+    for form, gradients in found.items():
         leaves = {name: t.clone().requires_grad_() for name, t in case.cast(torch.float32).items()}
-        out = case.run(form, leaves)[-1]
-        found.append(torch.autograd.grad(out.sum(), list(leaves.values()), materialize_grads=True))
-    for gradient, truth in zip(*found, strict=True):
+        for out in case.run(form, leaves):
+            gradients += torch.autograd.grad(
+                out.sum(), list(leaves.values()), retain_graph=True, materialize_grads=True
+            )
+    for gradient, truth in zip(*found.values(), strict=True):
         torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+def far_apart(given: Tensor) -> Tensor:
+    """The same in fp16, the last of its tokens past 2^31 elements: of the 4 GiB, only what holds numbers is real."""
+    inner = math.prod(given.shape[2:])
+    stride = 2**31 // (given.shape[1] - 1) + 1
+    memory = torch.empty(stride * (given.shape[1] - 1) + given.shape[0] * inner, dtype=torch.float16)
+    return memory.as_strided(given.shape, (inner, stride, *given[0, 0].contiguous().stride())).copy_(given)
+
+
+@KERNELS
+def test_offsets_past_two_to_the_31(case: Case, triton_form: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    far = {k: far_apart(t) if t.dim() > 2 and t.shape[1] > 1 else t.half() for k, t in case.tensors.items()}
+    near = {k: t.double() for k, t in far.items()}
+    outputs, gradients = replace(case, tensors=far).gradients("", torch.float16)
+    expected, expected_gradients = replace(case, tensors=near).gradients("_ref", torch.float64)
+    for out, truth in zip((*outputs, *gradients.values()), (*expected, *expected_gradients.values()), strict=True):
+        assert largest_difference(out.double(), truth) <= 2e-3
 
 
 @KERNELS
