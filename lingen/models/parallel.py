@@ -106,7 +106,7 @@ def parallelise(model: nn.Module, group: SequenceGroup) -> None:
     ``sequence``, which is ``ALONE`` until now. From then on all ranks give it the same arguments, and get the same
     velocity; the gradient of a loss is the sum over the ranks, each of which counts the whole loss."""
     for module in model.modules():
-        if hasattr(module, "sequence"):
+        if isinstance(getattr(module, "sequence", None), SequenceGroup):
             module.sequence = group  # type: ignore[assignment]
 
 

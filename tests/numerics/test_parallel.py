@@ -128,7 +128,7 @@ def work(out: Path) -> None:
         cases = [case for case in CASES if case[0] == ranks]
         for number, (_, model, grid) in enumerate(cases):
             if number % dist.data_world == dist.data_rank:
-                for dtype in (torch.float32, torch.float64):
+                for dtype in (torch.float32, torch.float64, torch.bfloat16):
                     found = compare(dist, model, GRIDS[grid], dtype)
                     results[key(ranks, model, grid, dtype)] = found
     first = {name: result for name, result in results.items() if result is not None}
@@ -165,6 +165,8 @@ def test_ranks_together_compute_what_one_alone_does(results: dict[str, Any], ran
     assert exact["worst gradient"][0] < 1e-9, exact["worst gradient"]
     assert rough["same on all"] and exact["same on all"]
     assert len(set(exact["parameters"])) == 1
+    coarse = results[key(ranks, model, grid, torch.bfloat16)]
+    assert coarse["velocity"] < 3e-2 and coarse["gradient"] < 3e-2 and coarse["same on all"]
 
 
 @pytest.mark.parametrize(
