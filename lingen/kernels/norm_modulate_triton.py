@@ -28,8 +28,8 @@ def _normalize(x, channel, eps, D: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, shift, scale, out, tokens, eps, x_batch, x_token, shift_batch, scale_batch, D: tl.constexpr,
-             BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _modulate_forward(x, shift, scale, out, tokens, eps, x_batch, x_token, shift_batch, scale_batch,
+                      D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -41,8 +41,8 @@ def _forward(x, shift, scale, out, tokens, eps, x_batch, x_token, shift_batch, s
 
 
 @triton.jit
-def _backward(x, scale, dout, dx, sums, tokens, count, eps, x_batch, x_token, scale_batch, dout_batch, dout_token,
-              programs, D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _modulate_backward(x, scale, dout, dx, sums, tokens, count, eps, x_batch, x_token, scale_batch, dout_batch,
+                       dout_token, programs, D: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The next ``count`` rows of one sample a program; it leaves its sums for dshift and dscale in its rows of sums."""
     program = tl.program_id(0)
     batch, start, program = (program // programs).to(tl.int64), program % programs * count, program.to(tl.int64)
@@ -70,7 +70,7 @@ class _Modulate(torch.autograd.Function):
         batch, tokens, width = x.shape
         out = torch.empty_like(x, memory_format=torch.contiguous_format)  # (B, N, D)
         strides = (x.stride(0), x.stride(1), shift.stride(0), scale.stride(0))
-        _forward[(batch * tokens,)](
+        _modulate_forward[(batch * tokens,)](
             x, shift, scale, out, tokens, eps, *strides, D=width, **norm_launch.options(x, width)
         )
         ctx.save_for_backward(x, scale)
@@ -87,7 +87,7 @@ class _Modulate(torch.autograd.Function):
         count, programs = norm_launch.shares(tokens, triton.cdiv(norm_launch.PROGRAMS, batch))
         sums = x.new_empty((batch, programs, 2, width), dtype=norm_launch.wide(x))
         strides = (x.stride(0), x.stride(1), scale.stride(0), dout.stride(0), dout.stride(1))
-        _backward[(batch * programs,)](
+        _modulate_backward[(batch * programs,)](
             x, scale, dout, dx, sums, tokens, count, ctx.eps, *strides, programs,
             D=width, **norm_launch.options(x, width),
         )  # fmt: skip

@@ -37,8 +37,8 @@ def _halves(row, channel, P: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, scale, cosines, sines, out, tokens, eps, x_batch, x_token, x_head, H: tl.constexpr, P: tl.constexpr,
-             HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _rotate_forward(x, scale, cosines, sines, out, tokens, eps, x_batch, x_token, x_head, H: tl.constexpr,
+                    P: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     batch, token, row = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), row.to(tl.int64)
     head, channel = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK)
@@ -55,9 +55,9 @@ def _forward(x, scale, cosines, sines, out, tokens, eps, x_batch, x_token, x_hea
 
 
 @triton.jit
-def _backward(x, scale, cosines, sines, dout, dx, dscales, rows, count, tokens, eps, x_batch, x_token, x_head,
-              dout_batch, dout_token, dout_head, dx_token, H: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
-              BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _rotate_backward(x, scale, cosines, sines, dout, dx, dscales, rows, count, tokens, eps, x_batch, x_token, x_head,
+                     dout_batch, dout_token, dout_head, dx_token, H: tl.constexpr, P: tl.constexpr,
+                     HEADS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The next ``count`` rows of each program; it leaves its sum over them and the heads in its row of dscales."""
     program = tl.program_id(0)
     head, channel = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK)
@@ -98,7 +98,7 @@ class _NormRotate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv.unbind(2)[:2]]
         for x, s, out in zip(qkv.unbind(2), scale, outputs, strict=False):  # q and k: (B, N, h, P), (1, P)
-            _forward[(x.shape[0] * x.shape[1],)](
+            _rotate_forward[(x.shape[0] * x.shape[1],)](
                 x, s, cosines, sines, out, x.shape[1], eps, *x.stride()[:3], **_options(x)
             )
         ctx.save_for_backward(qkv, scale, cosines, sines)
@@ -116,7 +116,7 @@ class _NormRotate(torch.autograd.Function):
         sums = qkv.new_empty((2, programs, channels), dtype=norm_launch.wide(qkv))
         for i in range(2):
             x, dx, dout = qkv[:, :, i], dqkv[:, :, i], norm_launch.dense(grads[i])  # (B, N, h, P)
-            _backward[(programs,)](
+            _rotate_backward[(programs,)](
                 x, scale[i], cosines, sines, dout, dx, sums[i], batch * tokens, count, tokens, ctx.eps,
                 *x.stride()[:3], *dout.stride()[:3], dx.stride(1), **_options(x),
             )  # fmt: skip

@@ -1,0 +1,45 @@
+"""What Triton's interpreter does not see: whether a kernel compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PRETEND = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+class Pretended:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_device_interface = lambda self: torch.cuda
+
+launch = jit.JITFunction.run
+
+def compile_only(self, *arguments, grid, warmup, **options):
+    launch(self, *arguments, grid=grid, warmup=True, **options)
+    print("compiled", self.__name__)
+
+driver.set_active(Pretended())
+jit.JITFunction.run = compile_only
+"""
+
+
+@pytest.fixture
+def compiled(python: Callable[..., Any], tmp_path: Path) -> Callable[[str], list[str]]:
+    """Run code whose Triton launches are compiled for an H100, down to its machine code, and not run: what they leave
+    in their results is arbitrary. Returns the names of the kernels, in the order of their launches.
+    """
+    pytest.importorskip("triton", reason="Triton is for Linux")
+
+    def run(code: str) -> list[str]:
+        done = python("-c", PRETEND + code, env={"TRITON_CACHE_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("compiled ")]
+
+    return run
