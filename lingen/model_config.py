@@ -88,4 +88,4 @@ class KernelsConfig(Section):
     conv: Literal["auto", "triton", "torch"] = "auto"
     norm: Literal["auto", "triton", "torch"] = "auto"
     window: Literal["auto", "triton", "torch"] = "auto"
-    attention: Literal["auto", "flash-attn", "cudnn", "flash", "sdpa", "torch"] = "auto"
+    attention: Literal["auto", "cudnn", "flash-attn", "flash", "sdpa", "torch"] = "auto"

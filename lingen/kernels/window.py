@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lingen.kernels import forms
+from lingen.kernels.attention import sdpa
 from lingen.kernels.index import Grid
+
+Run = tuple[int, int]  # windows side by side along an axis, and the tokens of each
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Tiling:
         """Windows along each axis, those that an edge cuts included."""
         return tuple(sum(windows for windows, _ in self.runs(axis)) for axis in range(3))  # type: ignore[return-value]
 
-    def runs(self, axis: int) -> list[tuple[int, int]]:
-        """The windows along an axis, in order: (how many, of how many tokens). At most three runs, none empty."""
+    def runs(self, axis: int) -> list[Run]:
+        """The windows along an axis, in order; at most three runs, none empty."""
         n, size, shift = self.grid[axis], self.size[axis], self.shift[axis]
         whole, rest = divmod(n - shift, size)
         return [(windows, side) for windows, side in ((1, shift), (whole, size), (1, rest)) if windows and side]
@@ -74,47 +76,40 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
         ValueError: an argument has a wrong shape, dtype or layout; the message names it.
     """
     _check(q, k, v, tiling)
-    if forms.chosen("window", q.device) == "triton":
-        from lingen.kernels.window_triton import window_attention_triton
+    if forms.chosen("window", q.device) == "torch":
+        return window_attention_ref(q, k, v, tiling)
+    from lingen.kernels.window_triton import window_attention_triton
 
-        return window_attention_triton(q, k, v, tiling)
-    return window_attention_ref(q, k, v, tiling)
+    seen: Tensor = window_attention_triton(q, k, v, tiling)
+    return seen
 
 
 def window_attention_ref(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
     """``window_attention`` in pure torch: windows of the same sides together, at most 3 x 3 x 3 kinds of them."""
-    grids = [x.unflatten(1, tiling.grid) for x in (q, k, v)]  # (B, T, H, W, h, P) each
-    return _attend(grids, tiling, []).flatten(1, 3)  # (B, N, h, P)
+    q, k, v = (torch.unflatten(x, 1, tiling.grid) for x in (q, k, v))  # (B, T, H, W, h, P) each
+    return _attend((q, k, v), tiling, ()).flatten(1, 3)  # (B, N, h, P)
 
 
-def _attend(grids: list[Tensor], tiling: Tiling, runs: list[tuple[int, int]]) -> Tensor:
+def _attend(qkv: tuple[Tensor, ...], tiling: Tiling, runs: tuple[Run, ...]) -> Tensor:
     """Cut q, k, v (B, T, H, W, h, P) into runs of equal windows, axis by axis; ``runs`` are those of the axes done."""
     axis = len(runs)
     if axis == 3:
-        return _attend_equal(grids, runs)
+        return _attend_equal(qkv, runs)
     lengths = [windows * side for windows, side in tiling.runs(axis)]
-    parts = zip(*(x.split(lengths, dim=1 + axis) for x in grids), strict=True)
-    seen = [_attend(list(part), tiling, [*runs, run]) for part, run in zip(parts, tiling.runs(axis), strict=True)]
+    parts = zip(*(torch.split(x, lengths, dim=1 + axis) for x in qkv), strict=True)
+    seen = [_attend(part, tiling, (*runs, run)) for part, run in zip(parts, tiling.runs(axis), strict=True)]
     return torch.cat(seen, dim=1 + axis) if len(seen) > 1 else seen[0]
 
 
-def _attend_equal(grids: list[Tensor], runs: list[tuple[int, int]]) -> Tensor:
+def _attend_equal(qkv: tuple[Tensor, ...], runs: tuple[Run, ...]) -> Tensor:
     """q, k, v (B, T', H', W', h, P), a box that windows of one size fill: one attention in all of them."""
-    (count_t, t), (count_h, h), (count_w, w) = runs
-    batch, heads, channels = grids[0].shape[0], *grids[0].shape[-2:]
-    sides = (batch, count_t, t, count_h, h, count_w, w, heads, channels)
-    windows = [
-        x.reshape(sides).permute(0, 1, 3, 5, 7, 2, 4, 6, 8).reshape(-1, heads, t * h * w, channels)  # (B*G, h, n, P)
-        for x in grids
-    ]
-    seen = F.scaled_dot_product_attention(*windows)  # (B*G, h, n, P)
-    seen = seen.reshape(batch, count_t, count_h, count_w, heads, t, h, w, channels).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
-    return seen.reshape(grids[0].shape)  # (B, T', H', W', h, P)
-
-
-def window_flops(tiling: Tiling, heads: int, channels: int) -> int:
-    """Forward FLOPs of ``window_attention_ref`` on one sample: 2 for each pair and channel in q k^T, 2 in the sum."""
-    return 4 * tiling.pairs() * heads * channels
+    shape, ((count_t, t), (count_h, h), (count_w, w)) = qkv[0].shape, runs
+    sides = (shape[0], count_t, t, count_h, h, count_w, w, *shape[4:])
+    windows = (x.reshape(sides).permute(0, 1, 3, 5, 7, 2, 4, 6, 8) for x in qkv)  # (B, G's sides, h, n's sides, P)
+    q, k, v = (x.reshape(-1, shape[4], t * h * w, shape[5]) for x in windows)  # (B*G, h, n, P)
+    seen = sdpa(q, k, v)  # (B*G, h, n, P)
+    seen = seen.reshape(shape[0], count_t, count_h, count_w, shape[4], t, h, w, shape[5])
+    return seen.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(shape)  # (B, T', H', W', h, P)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> None:
