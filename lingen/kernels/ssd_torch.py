@@ -123,17 +123,18 @@ def _cut(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, q: int) -> _Blo
     """x (B, T, h, P), dt (B, T, h), A (h,), B and C (B, T, N), T a multiple of q."""
     dt = _chunked(dt, q)  # (B, n, q, h)
     cum = (dt * A).transpose(2, 3).contiguous().cumsum(-1)  # (B, n, h, q)
-    last = cum[..., -1:]
+    between = _exp(cum.unsqueeze(-1) - cum.unsqueeze(-2))
+    head = _exp(cum).transpose(2, 3).unsqueeze(-1)
     return _Block(
         x=_chunked(x, q),
         dt=dt.unsqueeze(-1),
         A=A,
         B=B.to(dt.dtype).reshape(-1, q, B.shape[-1]),
         C=C.to(dt.dtype).reshape(-1, q, C.shape[-1]),
-        between=_exp(cum.unsqueeze(-1) - cum.unsqueeze(-2)),
-        head=_exp(cum.clone()).transpose(2, 3).unsqueeze(-1),
-        tail=_exp(last - cum).transpose(2, 3).unsqueeze(-1),
-        through=_exp(last.clone()).transpose(2, 3).unsqueeze(-1),
+        between=between,
+        head=head,
+        tail=between[..., -1, :].clone().transpose(2, 3).unsqueeze(-1),  # between is overwritten
+        through=head[:, :, -1:],
     )
 
 
@@ -240,7 +241,8 @@ def _carry(new: Tensor, through: Tensor, state: Tensor, *, reverse: bool = False
     batch, n = new.shape[:2]
     states = new.new_empty((batch, n + 1, *new.shape[2:]))
     states[:, n if reverse else 0] = state
+    at, news, decays = states.unbind(1), new.unbind(1), through.unbind(1)
     for k in reversed(range(n)) if reverse else range(n):
         source, target = (k + 1, k) if reverse else (k, k + 1)
-        torch.addcmul(new[:, k], through[:, k], states[:, source], out=states[:, target])
+        torch.addcmul(news[k], decays[k], at[source], out=at[target])
     return states
