@@ -292,13 +292,20 @@ def _check_rows(name: str, tokens: Tensor, reviews_name: str, reviews: Tensor, i
             f"index has {tuple(index.source.shape)} and {tuple(index.place.shape)} rows, {index.reviews} of them "
             f"reviews; it must have as many tokens as {name} {tuple(tokens.shape)}"
         )
-    if index.source.dtype != torch.int32 or index.place.dtype != torch.int32:
-        raise ValueError(f"index has dtypes {index.source.dtype} and {index.place.dtype}; they must be torch.int32")
+    for each, rows in (("index.source", index.source), ("index.place", index.place)):
+        if rows.dtype != torch.int32 or not rows.is_contiguous() or rows.device != tokens.device:
+            raise ValueError(
+                f"{each} {tuple(rows.shape)} is {rows.dtype} on {rows.device} with strides {rows.stride()}; it must be "
+                f"contiguous torch.int32 on {tokens.device}"
+            )
     expected = (batch, index.reviews, directions, channels)
     if reviews.shape != expected:
         raise ValueError(f"{reviews_name} has shape {tuple(reviews.shape)}; it must be {expected}")
-    if reviews.dtype != tokens.dtype:
-        raise ValueError(f"{reviews_name} has dtype {reviews.dtype}; it must be that of {name}, {tokens.dtype}")
+    if reviews.dtype != tokens.dtype or reviews.device != tokens.device:
+        raise ValueError(
+            f"{reviews_name} {expected} is {reviews.dtype} on {reviews.device}; it must be as {name} is, "
+            f"{tokens.dtype} on {tokens.device}"
+        )
     for each, tensor in ((name, tokens), (reviews_name, reviews)):
         _check_layout(each, tensor)
 
