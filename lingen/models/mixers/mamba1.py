@@ -106,5 +106,5 @@ class BidirectionalMamba1(nn.Module):
         tokens, length = math.prod(grid), scan_length(grid, self.review_pool)
         projections = 2 * tokens * self.in_proj.in_features * (self.in_proj.out_features + self.out_proj.in_features)
         conv = 2 * length * 2 * self.inner * self.conv_kernel
-        steps = 2 * length * (self.x_proj.numel() + self.dt_proj.numel())
+        steps = 2 * length * 2 * self.inner * (self.rank + 2 * self.d_state + self.rank)  # x_proj and dt_proj
         return projections + conv + steps + selective_scan_flops(length, 2 * self.inner, self.d_state)
