@@ -142,6 +142,17 @@ class Dist:
         self.all_reduce_sum(total)
         return bool(total.item() > 0)
 
+    def agreed(self, flags: torch.Tensor) -> torch.Tensor:
+        """``flags`` (bool, any shape) that are set on every rank of this rank's group, on ``device``."""
+        if self.sequence == 1:
+            return flags.to(self.device)
+        import torch
+        import torch.distributed as td
+
+        common = flags.to(self.device, torch.int32)
+        td.all_reduce(common, td.ReduceOp.MIN, group=self.sequence_group)
+        return common.bool()
+
     def gather(self, value: Any) -> list[Any]:
         """A small JSON value of every rank, in rank order, on every rank."""
         if self.world == 1:

@@ -75,17 +75,19 @@ def train_step(
     """Noise, predict, backward over this rank's micro-batches, then one step.
 
     Ranks that share their samples (``dist.sequence``) all have the same batches and the whole loss. So a sample counts
-    as often as ranks share it, in the losses as in the number that divides them.
+    as often as ranks share it, in the losses as in the number that divides them; and it is a hole for all of them where
+    it is one for any, since a read may fail on one rank alone.
 
     Holes count neither in the loss nor in its mean, so the mean is over the valid samples of the global batch. Where
     all are holes, the loss is NaN and the weights stay.
     """
     device = networks.device
-    valid_total = torch.tensor(float(sum(int(b.valid.sum()) for b in batches)), device=device)
+    masks = [dist.agreed(batch.valid) for batch in batches]  # (B,) bool each
+    valid_total = torch.tensor(float(sum(int(mask.sum()) for mask in masks)), device=device)
     dist.all_reduce_sum(valid_total)
     valid = int(valid_total) // dist.sequence
     loss_sum = torch.zeros((), device=device)
-    for batch in batches:
+    for batch, mask in zip(batches, masks, strict=True):
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
         drawn = draw(
             batch.positions.tolist(),
@@ -100,7 +102,7 @@ def train_step(
         x = interpolate(latents, drawn.noise, drawn.sigma)
         velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions))
         losses = sample_losses(velocity, latents, drawn.noise)  # (B,)
-        loss = (losses * batch.valid.to(device)).sum() / valid_total.clamp(min=1)
+        loss = (losses * mask).sum() / valid_total.clamp(min=1)
         networks.engine.backward(loss)
         loss_sum += loss.detach()
     grad_norm = networks.engine.step(lr if valid else 0.0)

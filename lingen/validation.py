@@ -37,7 +37,7 @@ def bucket_losses(
     for batch in batches:
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
         text = networks.text.encode(batch.captions)
-        valid = batch.valid.to(networks.device, torch.float64)  # (B,)
+        valid = dist.agreed(batch.valid).double()  # (B,)
         for i, sigma in enumerate(sigmas.tolist()):
             noise = torch.stack(
                 [

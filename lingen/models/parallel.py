@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lingen.kernels.index import ScanIndex
@@ -152,6 +153,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(blocks, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """(K, ...) -> (K, ...)."""
         return _all_to_all(gradient, ctx.group), None
