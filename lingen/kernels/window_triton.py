@@ -75,7 +75,7 @@ def _program(boxes, windows, heads, blocks):
 
 
 @triton.jit(do_not_specialize=["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"])
-def _forward(q, k, v, out, lse, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
+def _window_forward(q, k, v, out, lse, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
              q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
              P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """OWN queries see the keys of their window, STEP at a time. lse (B, h, N): log2 of the sum of exp2(scores)."""
@@ -106,11 +106,11 @@ def _forward(q, k, v, out, lse, boxes, windows, heads, blocks, grid_h, grid_w, t
 
 
 @triton.jit(do_not_specialize=["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"])
-def _backward_queries(q, k, v, out, dout, dq, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
+def _window_backward_queries(q, k, v, out, dout, dq, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
                       q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
                       dout_batch, dout_row, dout_head,
                       P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """The gradient of OWN queries; it leaves delta (B, h, N) = sum of out * dout for ``_backward_keys``."""
+    """The gradient of OWN queries; it leaves delta (B, h, N) = sum of out * dout for ``_window_backward_keys``."""
     batch, head, block, first, side_h, side_w, count = _program(boxes, windows, heads, blocks)
     place = block * OWN + tl.arange(0, OWN)
     rows, inside = _rows(place, first, side_h, side_w, grid_h, grid_w), place < count
@@ -139,7 +139,7 @@ def _backward_queries(q, k, v, out, dout, dq, lse, delta, boxes, windows, heads,
 
 
 @triton.jit(do_not_specialize=["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"])
-def _backward_keys(q, k, v, dout, dk, dv, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
+def _window_backward_keys(q, k, v, dout, dk, dv, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
                    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
                    dout_batch, dout_row, dout_head,
                    P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
@@ -178,7 +178,7 @@ class _WindowAttention(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)  # (B, N, h, P)
         lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
         grid, arguments, options = _launch(q, tiling, FORWARD_BLOCKS)
-        _forward[grid](q, k, v, out, lse, *arguments, *_strides(q, k, v), **options)
+        _window_forward[grid](q, k, v, out, lse, *arguments, *_strides(q, k, v), **options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiling = tiling
         return out
@@ -193,8 +193,8 @@ class _WindowAttention(torch.autograd.Function):
         delta = torch.empty_like(lse)
         grid, arguments, options = _launch(q, ctx.tiling, BACKWARD_BLOCKS)
         arguments = (lse, delta, *arguments, *_strides(q, k, v, dout))
-        _backward_queries[grid](q, k, v, out, dout, dq, *arguments, **options)
-        _backward_keys[grid](q, k, v, dout, dk, dv, *arguments, **options)
+        _window_backward_queries[grid](q, k, v, out, dout, dq, *arguments, **options)
+        _window_backward_keys[grid](q, k, v, dout, dk, dv, *arguments, **options)
         return dq, dk, dv, None
 
 

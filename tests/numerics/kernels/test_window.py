@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -211,6 +211,28 @@ def test_nan_stays_in_its_window(form: str, part: int, request: pytest.FixtureRe
     if part < 2:  # the gradient of a value does not depend on values
         assert gradient[0, 13, :2, 1].isnan().any()
     assert not gradient[0, ~mine].isnan().any() and not gradient[1].isnan().any()
+
+
+# ---------------------------------------------------------------------------------------------------- a GPU's code
+
+
+COMPILE = """
+from lingen.kernels.window import tile
+from lingen.kernels.window_triton import window_attention_triton
+
+for batch, grid, heads, channels, dtype in (
+    (2, (34, 32, 56), 2, 64, torch.bfloat16),  # the 4B model's, but for its 32 heads
+    (1, (9, 16, 17), 1, 128, torch.bfloat16),
+    (1, (1, 1, 1), 1, 32, torch.float16),  # Triton makes constants of arguments that are 1
+    (1, (5, 8, 9), 3, 20, torch.float32),
+):
+    qkv = torch.zeros(batch, grid[0] * grid[1] * grid[2], 3, heads, channels, dtype=dtype, requires_grad=True)
+    window_attention_triton(*qkv.unbind(2), tile(grid, (4, 8, 8), shifted=True)).sum().backward()
+"""
+
+
+def test_every_kernel_compiles_for_an_h100(compiled: Callable[[str], list[str]]) -> None:
+    assert compiled(COMPILE) == 4 * ["_window_forward", "_window_backward_queries", "_window_backward_keys"]
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
