@@ -56,7 +56,7 @@ def gated_norm_ref(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, *, ep
         both = merge_directions_ref(y, index).flatten(2)  # (B, N, E)
         return F.rms_norm(both * F.silu(z), (width,), weight, eps).to(y.dtype)
     gate = torch.unflatten(F.silu(z), -1, (2, width))  # (B, N, 2, E)
-    each = split_directions(y, index).flatten(3)  # (B, N, 2, E)
+    each = split_directions_ref(y, index).flatten(3)  # (B, N, 2, E)
     return (F.rms_norm(each * gate, (width,), eps=eps) * weight.view(2, width)).flatten(2).to(y.dtype)
 
 
@@ -82,7 +82,22 @@ def merge_directions_ref(y: Tensor, index: ScanIndex) -> Tensor:
 
 
 def split_directions(y: Tensor, index: ScanIndex) -> Tensor:
-    """The scan's two directions apart, y (B, M, 2h, P) in scan order -> (B, N, 2, h, P) in natural order."""
+    """The scan's two directions apart, y (B, M, 2h, P) in scan order -> (B, N, 2, h, P) in natural order.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, layout or device; the message names it.
+    """
+    _check_scanned(y, index)
+    if forms.chosen("norm", y.device) == "triton":
+        from lingen.kernels.norm_gated_triton import split_directions_triton
+
+        fused: Tensor = split_directions_triton(y, index)
+        return fused
+    return split_directions_ref(y, index)
+
+
+def split_directions_ref(y: Tensor, index: ScanIndex) -> Tensor:
+    """``split_directions`` in pure torch."""
     return _unscan(torch.stack(_aligned(y, index), dim=2), index)
 
 

@@ -1,4 +1,4 @@
-"""The gated norm behind the scan, and the plain sum of its directions, in Triton: no reorder is written anywhere.
+"""The gated norm behind the scan, and its directions added or apart, in Triton: no reorder is written anywhere.
 
 Shapes: B batch, N tokens in natural order, R reviews, M = R + N scan positions, h heads of P channels a direction,
 E = h*P, d 1 or 2 gates. A row is the E channels of one token; with d = 2 ("SEPARATE"), of one direction, its ``side``.
@@ -90,30 +90,33 @@ def _gated_backward(y, z, weight, dout, dy, dz, dweights, place, rows, count, to
 
 
 @triton.jit
-def _merge_forward(y, out, place, tokens, reviews, y_batch, y_position, E: tl.constexpr, BLOCK: tl.constexpr,
-                   WIDE: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0)
+def _unscan_forward(y, out, place, tokens, reviews, y_batch, y_position, E: tl.constexpr, SEPARATE: tl.constexpr,
+                    BLOCK: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    row, side, sides = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, token, row = (row // tokens).to(tl.int64), row % tokens, row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < E
-    first, second = _positions(place, token, tokens, reviews, 0, False)
-    y += batch * y_batch + channel
-    value = tl.load(y + first * y_position, mask=inside, other=0.0).to(WIDE)
-    value += tl.load(y + E + second * y_position, mask=inside, other=0.0).to(WIDE)
-    tl.store(out + row * E + channel, value, mask=inside)
+    first, second = _positions(place, token, tokens, reviews, side, SEPARATE)
+    from_ = y + batch * y_batch + side * E + channel
+    value = tl.load(from_ + first * y_position, mask=inside, other=0.0).to(WIDE)
+    if not SEPARATE:
+        value += tl.load(from_ + E + second * y_position, mask=inside, other=0.0).to(WIDE)
+    tl.store(out + (row * sides + side) * E + channel, value, mask=inside)
 
 
 @triton.jit
-def _merge_backward(dout, dy, place, tokens, reviews, E: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    row = tl.program_id(0)
+def _unscan_backward(dout, dy, place, tokens, reviews, E: tl.constexpr, SEPARATE: tl.constexpr, BLOCK: tl.constexpr,
+                     WIDE: tl.constexpr):  # fmt: skip
+    row, side, sides = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, token, row = (row // tokens).to(tl.int64), row % tokens, row.to(tl.int64)
     channel = tl.arange(0, BLOCK)
     inside = channel < E
-    first, second = _positions(place, token, tokens, reviews, 0, False)
-    grad = tl.load(dout + row * E + channel, mask=inside, other=0.0)
-    dy += batch * (tokens + reviews) * 2 * E + channel
-    tl.store(dy + first * 2 * E, grad, mask=inside)
-    tl.store(dy + E + second * 2 * E, grad, mask=inside)
+    first, second = _positions(place, token, tokens, reviews, side, SEPARATE)
+    grad = tl.load(dout + (row * sides + side) * E + channel, mask=inside, other=0.0)
+    to = dy + batch * (tokens + reviews) * 2 * E + side * E + channel
+    tl.store(to + first * 2 * E, grad, mask=inside)
+    if not SEPARATE:
+        tl.store(to + E + second * 2 * E, grad, mask=inside)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -150,15 +153,16 @@ class _GatedNorm(torch.autograd.Function):
         return dy, dz, dweights.sum(0).to(weight.dtype), None, None, None
 
 
-class _MergeDirections(torch.autograd.Function):
+class _Unscan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, place: Tensor, reviews: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, place: Tensor, reviews: int, sides: int) -> Tensor:
         batch, length, heads, channels = y.shape
         tokens, width = length - reviews, heads // 2 * channels
-        out = y.new_empty((batch, tokens, heads // 2, channels))  # (B, N, h, P)
-        _merge_forward[(batch * tokens,)](
-            y, out, place, tokens, reviews, y.stride(0), y.stride(1), E=width, **norm_launch.options(y, width)
-        )
+        out = y.new_empty((batch, tokens, sides, heads // 2, channels))  # (B, N, d, h, P)
+        _unscan_forward[batch * tokens, sides](
+            y, out, place, tokens, reviews, y.stride(0), y.stride(1),
+            E=width, SEPARATE=sides == 2, **norm_launch.options(y, width),
+        )  # fmt: skip
         ctx.save_for_backward(place)
         ctx.reviews = reviews
         return out
@@ -167,14 +171,15 @@ class _MergeDirections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (place,) = ctx.saved_tensors
-        batch, tokens, heads, channels = dout.shape
+        batch, tokens, sides, heads, channels = dout.shape
         dy = dout.new_empty((batch, ctx.reviews + tokens, 2 * heads, channels))  # (B, M, 2h, P)
         dy[:, : ctx.reviews] = 0  # positions below R hold reviews, which nothing here reads
         width = heads * channels
-        _merge_backward[(batch * tokens,)](
-            dout.contiguous(), dy, place, tokens, ctx.reviews, E=width, **norm_launch.options(dout, width)
-        )
-        return dy, None, None
+        _unscan_backward[batch * tokens, sides](
+            dout.contiguous(), dy, place, tokens, ctx.reviews,
+            E=width, SEPARATE=sides == 2, **norm_launch.options(dout, width),
+        )  # fmt: skip
+        return dy, None, None, None
 
 
 @torch.compiler.disable
@@ -187,5 +192,12 @@ def gated_norm_triton(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, ep
 @torch.compiler.disable
 def merge_directions_triton(y: Tensor, index: ScanIndex) -> Tensor:
     """``lingen.kernels.norm.merge_directions`` without its checks."""
-    out: Tensor = _MergeDirections.apply(y, index.place, index.reviews)
+    out: Tensor = _Unscan.apply(y, index.place, index.reviews, 1).squeeze(2)
+    return out
+
+
+@torch.compiler.disable
+def split_directions_triton(y: Tensor, index: ScanIndex) -> Tensor:
+    """``lingen.kernels.norm.split_directions`` without its checks."""
+    out: Tensor = _Unscan.apply(y, index.place, index.reviews, 2)
     return out

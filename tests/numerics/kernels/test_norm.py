@@ -90,11 +90,11 @@ def gated(index: ScanIndex, d: int, heads: int, channels: int) -> Case:
     return Case("gated_norm", tensors, lambda f, t: f(t["y"], t["projection"][..., 2:-3], t["weight"], index, eps=EPS))
 
 
-def merged(index: ScanIndex, heads: int, channels: int) -> Case:
+def unscanned(kernel: str, index: ScanIndex, heads: int, channels: int) -> Case:
     """y is a slice of the batch and of the positions of a wider tensor."""
     length = index.reviews + index.tokens
     tensors = {"y": normal(2 * BATCH, length + 3, 2 * heads, channels, seed=4)}
-    return Case("merge_directions", tensors, lambda f, t: f(t["y"][::2, 1 : 1 + length], index))
+    return Case(kernel, tensors, lambda f, t: f(t["y"][::2, 1 : 1 + length], index))
 
 
 def modulated(tokens: int, width: int) -> Case:
@@ -133,7 +133,11 @@ INDICES = {
 CASES = {
     **{f"gated d={d} {name}": gated(index, d, 3, 6) for d in (1, 2) for name, index in INDICES.items()},
     "gated d=1 a power of two": gated(INDICES["any"], 1, 2, 16),
-    **{f"merge {name}": merged(INDICES[name], 3, 6) for name in ("time first, odd", "column-major, no reviews")},
+    **{
+        f"{kernel} {name}": unscanned(f"{kernel}_directions", INDICES[name], 3, 6)
+        for kernel in ("merge", "split")
+        for name in ("time first, odd", "column-major, no reviews")
+    },
     "modulate": modulated(17, 21),
     "modulate a power of two": modulated(12, 32),
     "modulate one token": modulated(1, 5),
@@ -143,8 +147,11 @@ CASES = {
 }
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 KERNELS = pytest.mark.parametrize(
-    "case", [CASES[name] for name in ("gated d=1 any", "gated d=2 any", "merge time first, odd", "modulate", "rotate")]
-)
+    "case",
+    [CASES["gated d=1 any"], CASES["gated d=2 any"], CASES["merge time first, odd"], CASES["split time first, odd"],
+     CASES["modulate"], CASES["rotate"]],
+    ids=lambda case: case.kernel,
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ formulas
@@ -170,6 +177,10 @@ def gated_norm_formula(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, *
 
 def merge_directions_formula(y: Tensor, index: ScanIndex) -> Tensor:
     return sum(natural(y, index), torch.zeros(()))
+
+
+def split_directions_formula(y: Tensor, index: ScanIndex) -> Tensor:
+    return torch.stack(natural(y, index), dim=2)
 
 
 def modulate_formula(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float) -> Tensor:
@@ -301,8 +312,8 @@ def test_nan_stays_where_it_is(case: Case, form: str, triton_form: None) -> None
 
 @KERNELS
 def test_the_form_that_was_asked_for_runs(case: Case, triton_form: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = {"gated_norm": "gated", "merge_directions": "gated", "modulate": "modulate", "norm_rotate": "rotate"}
-    fused = f"lingen.kernels.norm_{module[case.kernel]}_triton.{case.kernel}_triton"
+    module = {"modulate": "modulate", "norm_rotate": "rotate"}.get(case.kernel, "gated")
+    fused = f"lingen.kernels.norm_{module}_triton.{case.kernel}_triton"
     answer = (torch.zeros(1, 1, 1),) * 3 if case.kernel == "norm_rotate" else torch.zeros(1)
     monkeypatch.setattr(fused, lambda *arguments: answer)
     assert case.run("", case.tensors)[-1].numel() == 1

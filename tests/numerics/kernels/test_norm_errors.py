@@ -54,6 +54,7 @@ def turn(qkv: Tensor = QKV, scale: Tensor = SCALE, table: norm.Rotation = (TABLE
             "index.source is (22,) torch.int64 on cpu; it must be (M,) = (22,) torch.int32 on cpu",
         ),
         (lambda: norm.merge_directions(Y[:, 1:], INDEX), "y has shape (2, 21, 4, 6)"),
+        (lambda: norm.split_directions(Y[:, 1:], INDEX), "y has shape (2, 21, 4, 6)"),
         (lambda: adaln(x=X[:, :0]), "x has shape (2, 0, 8); it must be (B, N, D), each at least 1"),
         (lambda: adaln(x=X[..., ::2]), "x (2, 5, 4) has strides (40, 8, 2); the last must be 1"),
         (lambda: adaln(shift=X), "shift has shape (2, 5, 8); it must be (B, 1, D) = (2, 1, 8)"),
