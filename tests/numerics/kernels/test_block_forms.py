@@ -21,10 +21,10 @@ TINY = [
 ]
 # Layers 0 to 3 have all four orders, and windows that are shifted on odd ones.
 CASES = [
-    pytest.param((1, 3, 4), 2, 4, [], id="images"),
+    pytest.param((1, 2, 5), 1, 4, [], id="an image"),
     pytest.param((3, 2, 5), 1, 4, [], id="a video that neither windows nor reviews divide"),
     pytest.param((3, 2, 5), 1, 2, ["model.mate.projections=separate", "model.mate.scan=zigzag"], id="separate, zigzag"),
-    pytest.param((3, 2, 5), 1, 2, ["model.mate.ssm=mamba1", "model.mate.review_pool=null"], id="Mamba1, no reviews"),
+    pytest.param((1, 2, 5), 2, 2, ["model.mate.ssm=mamba1", "model.mate.review_pool=null"], id="Mamba1, no reviews"),
 ]
 
 
