@@ -88,6 +88,7 @@ def _lay_out(axes: Sequence[Tensor]) -> Tensor:
     return torch.cat(spread, dim=-1).flatten(0, 2)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model would make the table anew at each call
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # a table first made while sampling must serve training too
 def _axis_waves(grid: Grid, d_model: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -101,6 +102,7 @@ def position_embedding(grid: Grid, d_model: int, dtype: torch.dtype, device: tor
     return _lay_out(_axis_waves(grid, d_model, dtype, device))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=4)  # each holds 2NP numbers
 @torch.inference_mode(False)
 def rotary_table(grid: Grid, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
