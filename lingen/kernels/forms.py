@@ -98,10 +98,12 @@ def missing(kernel: str, form: str, device: torch.device, dtype: torch.dtype | N
     interprets = interpreted() and form in ("triton", "mamba-ssm") and kernel not in _EXTENSIONS
     if device.type != "cuda" and not interprets:
         return f"it needs a GPU, and the device is {device.type}"
+    if form == "mamba-ssm" and dtype == torch.float64:
+        return "it does not compute in fp64"
     if form in _FUSED_ATTENTION:
         if dtype not in (None, torch.bfloat16, torch.float16):
             return f"it computes in bf16 and fp16, and the run in {dtype}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        if torch.cuda.get_device_properties(device).major < 8:
             return "it needs a GPU of compute capability 8.0 or later"
     return None
 

@@ -42,9 +42,9 @@ def selective_scan_ref(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *
 
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None = None) -> Tensor:
-    """``selective_scan_ref`` in the form chosen for x's device: same arguments, result and errors."""
+    """``selective_scan_ref`` in the form chosen for x's device and dtype: same arguments, result and errors."""
     _check(x, dt, A, B, C, D)
-    if forms.chosen("selective_scan", x.device) == "torch":
+    if forms.chosen("selective_scan", x.device, x.dtype) == "torch":
         return selective_scan_torch(x, dt, A, B, C, D)
     return _scan_mamba_ssm(x, dt, A, B, C, D)
 

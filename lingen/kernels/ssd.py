@@ -84,9 +84,9 @@ def ssd(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``ssd_ref`` in the form chosen for x's device: same arguments, result and errors."""
+    """``ssd_ref`` in the form chosen for x's device and dtype: same arguments, result and errors."""
     _check(x, dt, A, B, C, D, initial_states, chunk_size)
-    if forms.chosen("ssd", x.device) == "torch":
+    if forms.chosen("ssd", x.device, x.dtype) == "torch":
         y, states = scan_torch(x, dt, A, B, C, D, initial_states, chunk_size)
     else:
         y, states = scan_mamba_ssm(x, dt, A, B, C, D, initial_states, chunk_size)

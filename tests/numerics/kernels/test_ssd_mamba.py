@@ -8,6 +8,7 @@ Shapes: B batch, L tokens, H heads, P channels a head, G groups, N state channel
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from lingen.kernels import forms
 from lingen.kernels.mamba_package import bare_mamba_package
 from lingen.kernels.ssd import ssd, ssd_ref
-from lingen.kernels.ssd_mamba import largest_offsets, piece, scan_in_pieces, scan_mamba_ssm
+from lingen.kernels.ssd_mamba import largest_offsets, piece, scan_in_pieces
 
 CPU = torch.device("cpu")
 Inputs = dict[str, Any]  # tensors by argument
@@ -142,11 +143,20 @@ def test_the_package_is_imported_without_its_init() -> None:
     assert "mamba_ssm.modules.mamba_simple" not in sys.modules
 
 
-def test_what_mamba_ssm_cannot_take_is_named() -> None:
+@pytest.mark.usefixtures("interpreted")
+def test_fp64_is_refused_where_mamba_ssm_was_asked_for() -> None:
     inputs = {name: t.double() for name, t in make(20).items()}
-    words = {"initial" if name == "initial_states" else name: t for name, t in inputs.items()}
-    with pytest.raises(ValueError, match=r"x \(1, 20, 4, 16\) has dtype torch.float64; mamba-ssm takes float32"):
-        scan_mamba_ssm(**words, chunk_size=16)
+    with pytest.raises(ValueError, match=r"kernels\.ssd=mamba-ssm cannot run here: it does not compute in fp64"):
+        ssd(**inputs, chunk_size=16)
+
+
+def test_fp64_takes_torch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    forms.chosen.cache_clear()
+    for kernel in ("ssd", "selective_scan"):
+        forms_taken = [forms.chosen(kernel, torch.device("cuda"), dtype) for dtype in (torch.bfloat16, torch.float64)]
+        assert forms_taken == ["mamba-ssm", "torch"]
+    forms.chosen.cache_clear()
 
 
 def test_the_gradient_of_a_view_too_wide_is_copied() -> None:
