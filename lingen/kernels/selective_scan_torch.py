@@ -11,6 +11,7 @@ is flat in L, and so is the memory, for the backward recomputes a block from the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,7 @@ def selective_scan_torch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     groups = B.shape[2]
     rates = torch.unflatten(A.to(dtype), 0, (groups, -1)).transpose(1, 2)  # (G, S, e)
     values, steps = (torch.unflatten(t.to(dtype), 2, (groups, -1)) for t in (x, dt))  # (B, L, G, e)
-    y: Tensor = _BlockScan.apply(values, steps, rates, B.to(dtype), C.to(dtype))  # type: ignore[no-untyped-call]
-    y = y.flatten(2)  # (B, L, E)
+    y = _scan_blocks(values, steps, rates, B.to(dtype), C.to(dtype)).flatten(2)  # (B, L, E)
     return (y if D is None else torch.addcmul(y, values.flatten(2), D.to(dtype))).to(x.dtype)
 
 
@@ -67,6 +67,10 @@ class _BlockScan(torch.autograd.Function):
                 dA += grads[4]
                 d_state = grads[5]
         return dx, ddt, dA, dB, dC
+
+
+# A compiler would unroll the walk.
+_scan_blocks: Callable[..., Tensor] = torch.compiler.disable(_BlockScan.apply)  # type: ignore[no-untyped-call]
 
 
 def _blocks(x: Tensor, d_state: int) -> list[tuple[slice, int]]:

@@ -14,7 +14,7 @@ tokens of 16 heads they need 0.7 GiB beyond the inputs where autograd needs 4.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ def scan_torch(
     if D is not None:
         D = D.to(dtype).view(x.shape[2], -1)  # (H, 1) or (H, P)
     state = initial.to(dtype).permute(0, 3, 1, 2)  # (B, N, H, P)
-    y, state = _BlockScan.apply(x, dt.to(dtype), A.to(dtype), B, C, D, state, chunk_size)  # type: ignore[no-untyped-call]
+    y, state = _scan_blocks(x, dt.to(dtype), A.to(dtype), B, C, D, state, chunk_size)
     return y.to(x.dtype), state.permute(0, 2, 3, 1).contiguous()
 
 
@@ -88,6 +88,10 @@ class _BlockScan(torch.autograd.Function):
                     if dD is not None and grads.D is not None:
                         dD[hs] += grads.D
         return dx, ddt, dA, dB, dC, dD, d_state, None
+
+
+# A compiler would unroll the walk.
+_scan_blocks: Callable[..., tuple[Tensor, Tensor]] = torch.compiler.disable(_BlockScan.apply)  # type: ignore[no-untyped-call]
 
 
 def _groups(heads: int, groups: int) -> Iterator[tuple[int, slice]]:
