@@ -98,7 +98,7 @@ def missing(kernel: str, form: str, device: torch.device, dtype: torch.dtype | N
     interprets = interpreted() and form in ("triton", "mamba-ssm") and kernel not in _EXTENSIONS
     if device.type != "cuda" and not interprets:
         return f"it needs a GPU, and the device is {device.type}"
-    if form == "mamba-ssm" and dtype == torch.float64:
+    if dtype == torch.float64 and (form == "mamba-ssm" or kernel == "window"):
         return "it does not compute in fp64"
     if form in _FUSED_ATTENTION:
         if dtype not in (None, torch.bfloat16, torch.float16):

@@ -76,7 +76,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
         ValueError: an argument has a wrong shape, dtype or layout; the message names it.
     """
     _check(q, k, v, tiling)
-    if forms.chosen("window", q.device) == "torch":
+    if forms.chosen("window", q.device, q.dtype) == "torch":
         return window_attention_ref(q, k, v, tiling)
     from lingen.kernels.window_triton import window_attention_triton
 

@@ -23,12 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from lingen.kernels.window import Tiling
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS = 128
 MAX_WINDOW = 2**20  # tokens; _rows is exact so far
 FORWARD_BLOCKS = (128, 64)  # tokens of a program, and of one of its steps
 BACKWARD_BLOCKS = (64, 64)
 FULL_PRECISION_BLOCKS = (16, 16)  # fp32 is multiplied without tensor cores, in unrolled code: larger blocks spill
+VARYING = ["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"]  # with the bucket: not worth a compilation each
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
 
@@ -74,10 +74,10 @@ def _program(boxes, windows, heads, blocks):
     return (window // windows).to(tl.int64), head.to(tl.int64), block, tl.load(box), side_h, side_w, count
 
 
-@triton.jit(do_not_specialize=["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"])
+@triton.jit(do_not_specialize=VARYING)
 def _window_forward(q, k, v, out, lse, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
-             q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-             P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+                    P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """OWN queries see the keys of their window, STEP at a time. lse (B, h, N): log2 of the sum of exp2(scores)."""
     batch, head, block, first, side_h, side_w, count = _program(boxes, windows, heads, blocks)
     place = block * OWN + tl.arange(0, OWN)
@@ -105,11 +105,11 @@ def _window_forward(q, k, v, out, lse, boxes, windows, heads, blocks, grid_h, gr
     tl.store(lse + (batch * heads + head) * tokens + rows, largest + tl.log2(total), mask=inside)
 
 
-@triton.jit(do_not_specialize=["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"])
-def _window_backward_queries(q, k, v, out, dout, dq, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
-                      q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-                      dout_batch, dout_row, dout_head,
-                      P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
+def _window_backward_queries(q, k, v, out, dout, dq, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w,
+                             tokens, scale, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+                             dout_batch, dout_row, dout_head,
+                             P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """The gradient of OWN queries; it leaves delta (B, h, N) = sum of out * dout for ``_window_backward_keys``."""
     batch, head, block, first, side_h, side_w, count = _program(boxes, windows, heads, blocks)
     place = block * OWN + tl.arange(0, OWN)
@@ -138,11 +138,11 @@ def _window_backward_queries(q, k, v, out, dout, dq, lse, delta, boxes, windows,
     _write(dq + dense, dquery * (scale * LN_2), rows, heads * P, inside, P, WIDTH)
 
 
-@triton.jit(do_not_specialize=["windows", "heads", "blocks", "grid_h", "grid_w", "tokens"])
-def _window_backward_keys(q, k, v, dout, dk, dv, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w, tokens, scale,
-                   q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-                   dout_batch, dout_row, dout_head,
-                   P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=VARYING)
+def _window_backward_keys(q, k, v, dout, dk, dv, lse, delta, boxes, windows, heads, blocks, grid_h, grid_w,
+                          tokens, scale, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+                          dout_batch, dout_row, dout_head,
+                          P: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """The gradients of OWN keys and values, from the queries of their window."""
     batch, head, block, first, side_h, side_w, count = _program(boxes, windows, heads, blocks)
     place = block * OWN + tl.arange(0, OWN)
@@ -203,10 +203,8 @@ def window_attention_triton(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> 
     """``lingen.kernels.window.window_attention`` without its checks but these.
 
     Raises:
-        ValueError: a dtype, number of channels or size of window that the kernels do not take.
+        ValueError: a number of channels or size of window that the kernels do not take.
     """
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q {tuple(q.shape)} has dtype {q.dtype}; kernels.window=triton takes bf16, fp16 and fp32")
     if q.shape[3] > MAX_CHANNELS:
         raise ValueError(f"q has shape {tuple(q.shape)}; kernels.window=triton takes P up to {MAX_CHANNELS}")
     if math.prod(tiling.size) > MAX_WINDOW:
@@ -230,7 +228,6 @@ def _launch(q: Tensor, tiling: Tiling, blocks: tuple[int, int]) -> tuple[tuple[i
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def _boxes(tiling: Tiling, device: torch.device) -> tuple[Tensor, int]:
     """(G, 4) int32: the first row of every window and its sides (t, h, w); and the tokens n of the largest."""
     axes = []

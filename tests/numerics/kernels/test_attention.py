@@ -9,7 +9,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -194,10 +194,10 @@ def test_no_call_at_the_4b_width_passes_32_bits(tokens: int, batch: int, calls: 
 # ---------------------------------------------------------------------------------------------------- choice
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, capability: tuple[int, int] = (9, 0)) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, major: int = 9) -> None:
     """As if there were a GPU and these packages."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     forms.chosen.cache_clear()
 
 
@@ -206,7 +206,7 @@ def test_a_gpu_takes_cudnn_where_the_precision_allows_it(monkeypatch: pytest.Mon
     assert forms.chosen("attention", GPU, torch.bfloat16) == forms.chosen("attention", GPU, torch.float16) == "cudnn"
     assert forms.chosen("attention", GPU, torch.float32) == "sdpa"
     assert "attention sdpa" in forms.describe(GPU, torch.float32)
-    machine(monkeypatch, capability=(7, 5))
+    machine(monkeypatch, major=7)
     assert forms.chosen("attention", GPU, torch.bfloat16) == "sdpa"
 
 
@@ -218,17 +218,17 @@ def test_hoppers_own_package_is_preferred(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "capability", "words"),
+    ("form", "dtype", "major", "words"),
     [
-        ("flash-attn", None, (9, 0), "the package flash_attn is not installed"),
-        ("cudnn", torch.float32, (9, 0), "it computes in bf16 and fp16, and the run in torch.float32"),
-        ("flash", torch.bfloat16, (7, 5), "it needs a GPU of compute capability 8.0 or later"),
+        ("flash-attn", None, 9, "the package flash_attn is not installed"),
+        ("cudnn", torch.float32, 9, "it computes in bf16 and fp16, and the run in torch.float32"),
+        ("flash", torch.bfloat16, 7, "it needs a GPU of compute capability 8.0 or later"),
     ],
 )
 def test_what_cannot_run_on_a_gpu_is_an_error(
-    form: str, dtype: torch.dtype | None, capability: tuple[int, int], words: str, monkeypatch: pytest.MonkeyPatch
+    form: str, dtype: torch.dtype | None, major: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(monkeypatch, capability=capability)
+    machine(monkeypatch, major=major)
     with pytest.raises(ValueError, match=f"kernels.attention={form} cannot run here: {words}"):
         forms.ask({"attention": form}, GPU, dtype)
 
