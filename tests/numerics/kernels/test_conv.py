@@ -307,10 +307,12 @@ def test_triton_copies_nothing(triton_form: None) -> None:
 
 
 def test_triton_offsets_pass_32_bits(triton_form: None, tmp_path: Path) -> None:
-    """Three rows 2^30 elements apart, in a file that is nearly all hole: the third begins at 2^31."""
+    """Three rows 2^30 elements apart, in a file that is nearly all hole: the third begins at 2^31, which in 32 bits is
+    -2^31, and there are zeros."""
     case = Case(grid=(1, 1, 3), pool=None, inner=2, groups=2, taps=2)
     rows, (_, reviews, weight, bias) = normal(1, 3, 1, 4, seed=0).float(), case.inputs(torch.float32)
-    far = torch.from_file(str(tmp_path / "hole"), shared=True, size=2**31 + 4).as_strided(rows.shape, (0, 2**30, 0, 1))
+    hole = torch.from_file(str(tmp_path / "hole"), shared=True, size=2**32 + 4)
+    far = hole.as_strided(rows.shape, (0, 2**30, 0, 1), storage_offset=2**31)
     far.copy_(rows)
     for call in (
         lambda x: scan_conv(x, reviews, weight, bias, case.index, inner=case.inner),
