@@ -105,13 +105,13 @@ def _scan_in_pieces(
     B, C = (t.to(x.dtype).permute(0, 2, 3, 1) for t in (B, C))  # (B, G, S, L)
     A, D = A.float(), None if D is None else D.float()
     if x.numel() <= max_elements:
-        return kernel(u.contiguous(), steps.contiguous(), A, B.contiguous(), C.contiguous(), D).mT
+        return kernel(u.contiguous(), steps.contiguous(), A, B.contiguous(), C.contiguous(), D).mT.contiguous()
     y: list[list[Tensor]] = [[] for _ in u]
     for b, g, es in _pieces(u.shape, B.shape[1], max_elements):
         part = (t[b : b + 1, es].contiguous() for t in (u, steps))
         shared = (t[b : b + 1, g : g + 1].contiguous() for t in (B, C))
         y[b].append(kernel(*part, A[es], *shared, None if D is None else D[es]))
-    return torch.cat([torch.cat(parts, dim=1) for parts in y]).mT
+    return torch.cat([torch.cat(parts, dim=1) for parts in y]).mT.contiguous()
 
 
 def _pieces(shape: torch.Size, groups: int, max_elements: int) -> Iterator[tuple[int, int, slice]]:

@@ -3,7 +3,7 @@
 They add up ids times strides in 32 bits, and read and write the wrong places, silently, past 2^31 - 1 elements. A
 tensor's largest offset counts, not its size: a view that skips columns reaches further than its elements. So the batch
 and the sequence are cut where some tensor of some launch, forward or backward, would reach too far, and the state is
-carried. Slices are views: nothing is copied but the results, which are put together.
+carried. Slices are views: nothing is copied but results and gradients, which are put together.
 
 Shapes: B batch, L tokens, H heads, P channels a head, G groups of heads that share B and C, N state channels a head.
 """
@@ -21,8 +21,8 @@ from lingen.kernels.mamba_package import bare_mamba_package
 
 MAX_OFFSET = 2**31 - 1
 MAX_GRID = 65535  # programs along the second and third axis of a launch
-PROCESSORS = 1024  # more than any device has; a few heads' dB and dC are summed by each, and then over all
-TILE = 32  # the smallest block that the kernels sum over, each into a place of its own
+PROCESSORS = 1024  # more than any device has: dB and dC are kept apart for so many programs' heads, and then added
+TILE = 32  # tokens or channels: the smallest block whose partial sums the kernels keep apart
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -135,6 +135,7 @@ def largest_offsets(
     view_x, view_dt, view_B, view_C = (_last((samples, tokens, *t.shape[2:]), t.stride()) for t in (x, dt, B, C))
     y, steps = samples * tokens * H * P - 1, chunks * H * q - 1
     states, scores = chunks * H * P * N - 1, chunks * G * q * q - 1
+    skip = -(-q // TILE) * chunks * H * P - 1  # the gradient of D, chunk by chunk
 
     def tiled(extent: int) -> int:  # per step, over blocks of ``extent``
         return chunks * H * q * -(-extent // TILE) - 1
@@ -150,7 +151,7 @@ def largest_offsets(
         "_chunk_scan_fwd_kernel": max(view_x, view_C, y, steps, states, scores),
         "_chunk_scan_bwd_dstates_kernel": max(view_C, y, steps, states),
         "_state_passing_bwd_kernel": max(steps, states),
-        "_chunk_scan_chunk_state_bwd_dx_kernel": max(view_x, view_B, y, tiled(P), states, scores),
+        "_chunk_scan_chunk_state_bwd_dx_kernel": max(view_x, view_B, y, tiled(P), states, scores, skip),
         "_chunk_state_bwd_db_kernel": max(view_x, view_B, tiled(N), states, split(N)),
         "_chunk_scan_bwd_dc_kernel": max(view_C, y, tiled(N), states, split(N)),
         "_chunk_scan_bwd_dcb_kernel": max(view_x, y, steps, split(q)),

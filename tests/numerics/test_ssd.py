@@ -260,6 +260,12 @@ def test_flops_equal_torchs_counter(length: int, heads: int, groups: int) -> Non
     assert ssd_flops(length, heads, 32, groups, 16, 64) == counter.get_total_flops()
 
 
+def test_shapes_follow_on_the_meta_device() -> None:
+    inputs = {name: t.to("meta") for name, t in make(50).items()}
+    y, states = ssd_ref(**inputs, chunk_size=16, return_final_states=True)
+    assert y.shape == (2, 50, 4, 3) and states.shape == (2, 4, 3, 5)
+
+
 BAD: list[tuple[str, Callable[[Tensor], Tensor], str]] = [
     ("x", lambda t: t[0], r"x has shape \(10, 4, 3\); it must be \(B, L, H, P\)"),
     ("x", lambda t: t[:, :0], r"x has shape \(2, 0, 4, 3\).*at least 1"),

@@ -189,7 +189,9 @@ def test_pieces_for_mamba_ssm_stay_below_the_limit(limit: int) -> None:
         return recurrence(*channels_last, None if D is None else D.double()).mT.contiguous()
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-        return seam._scan_in_pieces(kernel, x, dt, A, B, C, D, limit)
+        y: Tensor = seam._scan_in_pieces(kernel, x, dt, A, B, C, D, limit)
+        assert y.is_contiguous()
+        return y
 
     want, want_y = gradients(recurrence, inputs)
     got, y = gradients(scan, inputs)
