@@ -4,10 +4,11 @@ Shapes: B batch, N tokens in natural order, R reviews, M = R + N scan positions,
 one, k taps. A program holds tiles of POSITIONS x CHANNELS. It loads a tile once a tap, each time a position further
 back: all but the first come from the L1 cache.
 
-A row has one reader a tap and direction, and one place to put its gradient, so nothing is added atomically; the
-weights' gradients are sums of partial sums in a fixed order. Positions are below 2^31 (the index holds int32); rows
-and batches are widened to 64 bits before they meet a stride, so no offset wraps at any length. A program covers its
-own part of the result, so programs do not outnumber elements: 2^31 of them would have to write over 2^31 tiles.
+The order is a permutation, so every row's gradient has one writer and nothing is added atomically; the gradients of
+weight and bias are partial sums, summed in a fixed order. So all results are deterministic.
+
+No offset wraps at any length: positions stay below 2^31 (the index holds int32), and rows and batches are widened to
+64 bits before they meet a stride. Nor can a launch have too many programs: 2^31 tiles are 2^42 elements.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -29,19 +30,19 @@ PROGRAMS = 4096  # that share the positions of the weights' gradient: each leave
 
 
 @triton.jit
-def _mirror(position, reviews, length):
+def mirror(position, reviews, length):
     """The position at which the other direction reads the same row; its own inverse."""
     return tl.where(position < reviews, reviews - 1, reviews + length - 1) - position
 
 
 @triton.jit
-def _read(tokens, reviews, source, position, there, side, channel, inside, count, length, token_stride, review_stride):
+def read(tokens, reviews, source, position, there, side, channel, inside, count, length, token_stride, review_stride):
     """(POSITIONS, CHANNELS): what a direction reads at positions (POSITIONS,); 0 where none is ``there``.
 
     As two loads, each of what the other leaves out: of a choice between two pointers the compiler cannot tell that
     channels lie side by side, and loads them one by one.
     """
-    at = source + tl.where(side == 0, position, _mirror(position, count, length))
+    at = source + tl.where(side == 0, position, mirror(position, count, length))
     row = tl.load(at, mask=there, other=0).to(tl.int64)
     token = tokens + ((row - count) * token_stride)[:, None] + channel[None, :]
     review = reviews + (row * review_stride)[:, None] + channel[None, :]
@@ -71,7 +72,7 @@ def _ago(tap, tokens, reviews, source, position, side, channel, inside, count, l
          WIDE: tl.constexpr):  # fmt: skip
     """(POSITIONS, CHANNELS): what was read ``tap`` positions ago, 0 ahead of the first."""
     there = (position >= tap) & (position < length)
-    return _read(tokens, reviews, source, position - tap, there, side, channel, inside, count, length, token_stride,
+    return read(tokens, reviews, source, position - tap, there, side, channel, inside, count, length, token_stride,
                  review_stride).to(WIDE)  # fmt: skip
 
 
@@ -111,8 +112,10 @@ def _before_gradient(tokens, reviews, taps, bias, source, dout, dbefore, dtaps, 
                      dout_batch, dout_stride, FIRST: tl.constexpr, E: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
                      BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
                      WIDE: tl.constexpr):  # fmt: skip
-    """The gradient ahead of the SiLU, over ``share`` tiles of one direction; its sums for the bias and for the weights
-    of four taps from ``FIRST``."""
+    """The gradient ahead of the SiLU, over ``share`` tiles of one direction; its sums for the bias and for four taps.
+
+    Four, from ``FIRST`` on, because Triton has no lists: more taps take more launches.
+    """
     WIDTH: tl.constexpr = 2 * (E + G)
     program = tl.program_id(0)
     side, block, strip = program % 2, program // 2 % BLOCKS, program // 2 // BLOCKS
@@ -122,12 +125,10 @@ def _before_gradient(tokens, reviews, taps, bias, source, dout, dbefore, dtaps, 
     for tile in range(strip * share, tl.minimum(strip * share + share, all_tiles)):
         batch = (tile // tiles).to(tl.int64)
         position = _tile(tile % tiles, tiles, count, side, POSITIONS)
-        own, over = (
-            tokens + batch * token_batch + side * token_side,
-            reviews + batch * review_batch + side * review_side,
-        )
-        before = _convolve(own, over, taps, bias, source, position, side, channel, inside, to, count, length,
-                           token_stride, review_stride, WIDTH, K, WIDE)  # fmt: skip
+        own_tokens = tokens + batch * token_batch + side * token_side
+        own_reviews = reviews + batch * review_batch + side * review_side
+        before = _convolve(own_tokens, own_reviews, taps, bias, source, position, side, channel, inside, to, count,
+                           length, token_stride, review_stride, WIDTH, K, WIDE)  # fmt: skip
         sigmoid = tl.sigmoid(before)
         mask = (position < length)[:, None] & inside[None, :]
         row = position.to(tl.int64)[:, None]
@@ -135,17 +136,17 @@ def _before_gradient(tokens, reviews, taps, bias, source, dout, dbefore, dtaps, 
         grad *= sigmoid * (1 + before * (1 - sigmoid))
         tl.store(dbefore + (batch * length + row) * WIDTH + to[None, :], grad, mask=mask)
         dbias += grad
-        dtap0 += grad * _ago(FIRST, own, over, source, position, side, channel, inside, count, length, token_stride,
-                             review_stride, WIDE)  # fmt: skip
+        dtap0 += grad * _ago(FIRST, own_tokens, own_reviews, source, position, side, channel, inside, count, length,
+                             token_stride, review_stride, WIDE)  # fmt: skip
         if FIRST + 1 < K:
-            dtap1 += grad * _ago(FIRST + 1, own, over, source, position, side, channel, inside, count, length,
-                                 token_stride, review_stride, WIDE)  # fmt: skip
+            dtap1 += grad * _ago(FIRST + 1, own_tokens, own_reviews, source, position, side, channel, inside, count,
+                                 length, token_stride, review_stride, WIDE)  # fmt: skip
         if FIRST + 2 < K:
-            dtap2 += grad * _ago(FIRST + 2, own, over, source, position, side, channel, inside, count, length,
-                                 token_stride, review_stride, WIDE)  # fmt: skip
+            dtap2 += grad * _ago(FIRST + 2, own_tokens, own_reviews, source, position, side, channel, inside, count,
+                                 length, token_stride, review_stride, WIDE)  # fmt: skip
         if FIRST + 3 < K:
-            dtap3 += grad * _ago(FIRST + 3, own, over, source, position, side, channel, inside, count, length,
-                                 token_stride, review_stride, WIDE)  # fmt: skip
+            dtap3 += grad * _ago(FIRST + 3, own_tokens, own_reviews, source, position, side, channel, inside, count,
+                                 length, token_stride, review_stride, WIDE)  # fmt: skip
     tl.store(dbiases + strip.to(tl.int64) * WIDTH + to, tl.sum(dbias, axis=0), mask=inside)
     at = dtaps + (strip.to(tl.int64) * K + FIRST) * WIDTH + to
     tl.store(at, tl.sum(dtap0, axis=0), mask=inside)
@@ -180,7 +181,7 @@ def _input_gradient(dbefore, taps, source, dtokens, dreviews, count, length, til
     side, block, tile = program % SIDES, program // SIDES % BLOCKS, program // SIDES // BLOCKS
     batch = (tile // tiles).to(tl.int64)
     position = tile % tiles * POSITIONS + tl.arange(0, POSITIONS)
-    mirrored = _mirror(position, count, length)
+    mirrored = mirror(position, count, length)
     dbefore += batch * length * (2 * (E + G))
     if SIDES == 1:
         grad = _seen_by(dbefore, taps, position, 0, block, length, E, G, K, CHANNELS, WIDE)

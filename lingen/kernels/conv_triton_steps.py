@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lingen.kernels.conv_triton import _mirror, _read, strides
+from lingen.kernels.conv_triton import mirror, read, strides
 from lingen.kernels.index import ScanIndex
 
 POSITIONS, HEADS = 16, 64  # of a tile
@@ -36,7 +36,7 @@ def _softplus(x):
 def _steps(dt, reviews_dt, bias, source, batch, position, side, head, count, length, dt_batch, dt_stride, dt_side,
            review_batch, review_stride, review_side, H: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """(POSITIONS, HEADS): ahead of the softplus."""
-    steps = _read(dt + batch * dt_batch + side * dt_side, reviews_dt + batch * review_batch + side * review_side,
+    steps = read(dt + batch * dt_batch + side * dt_side, reviews_dt + batch * review_batch + side * review_side,
                   source, position, position < length, side, head, head < H, count, length, dt_stride,
                   review_stride)  # fmt: skip
     return steps.to(WIDE) + tl.load(bias + side * H + head, mask=head < H, other=0.0).to(WIDE)[None, :]
@@ -74,7 +74,7 @@ def _backward(dt, reviews_dt, bias, source, dout, drows, dbiases, count, length,
                             dt_stride, dt_side, review_batch, review_stride, review_side, H, WIDE)  # fmt: skip
         at = dout + batch * dout_batch + position.to(tl.int64)[:, None] * dout_stride + side * H + head[None, :]
         grad = tl.load(at, mask=mask, other=0.0).to(WIDE) * tl.sigmoid(steps)
-        at = source + tl.where(side == 0, position, _mirror(position, count, length))
+        at = source + tl.where(side == 0, position, mirror(position, count, length))
         row = tl.load(at, mask=position < length, other=0)
         at = drows + (batch * length + row)[:, None] * (2 * H) + side * H + head[None, :]
         tl.store(at, grad, mask=mask)
