@@ -160,7 +160,7 @@ def _window_backward_keys(q, k, v, dout, dk, dv, lse, delta, boxes, windows, hea
         query = _read(q, there, q_row, known, P, WIDTH)
         scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale  # (OWN, STEP): keys by queries
         log_sum = tl.load(lse + line + there, mask=known, other=0.0)
-        weights = tl.where(known[None, :], tl.exp2(scores - log_sum[None, :]), 0.0)
+        weights = tl.exp2(scores - log_sum[None, :])  # behind the window's end 1, for queries whose gradient is zeros
         grad = _read(dout, there, dout_row, known, P, WIDTH)
         dvalue += tl.dot(weights.to(grad.dtype), grad, input_precision="ieee")
         mean = tl.load(delta + line + there, mask=known, other=0.0)

@@ -183,9 +183,10 @@ def test_large_scores_do_not_overflow(form: str, request: pytest.FixtureRequest)
 def test_rows_lie_past_2_to_the_31(tmp_path: Path) -> None:
     """Rows 2^30 numbers apart, in a file that is nearly all hole: an offset of 32 bits would read elsewhere."""
     stride, grid, tiling = 2**30, (1, 1, 4), tile((1, 1, 4), (1, 1, 4), shifted=False)
-    file = torch.from_file(str(tmp_path / "hole"), shared=True, size=4 * stride, dtype=torch.float32)
+    file = torch.from_file(str(tmp_path / "hole"), shared=True, size=6 * stride, dtype=torch.float32)
+    (tmp_path / "hole").unlink()
     near = inputs(grid, torch.float32)[:1].requires_grad_()
-    far = file.as_strided((1, 4, 3, HEADS, P), (4 * stride, stride, HEADS * P, P, 1))
+    far = file.as_strided((1, 4, 3, HEADS, P), (4 * stride, stride, HEADS * P, P, 1), 2 * stride)
     far.copy_(near.detach())
     far.requires_grad_()
     got, want = (window_attention(*qkv.unbind(2), tiling) for qkv in (far, near))
