@@ -50,9 +50,12 @@ def naive(module: WindowAttention, x: torch.Tensor, grid: Grid, own_positions: b
     places = [window_of(token, grid, module.window, module.shifted) for token in tokens]
     table = rotary_table(grid, P, x.dtype, x.device)
     if own_positions:
-        first = {place: next(token for token, other in zip(tokens, places) if other == place) for place in places}
-        own = [tuple(at - edge for at, edge in zip(token, first[place])) for token, place in zip(tokens, places)]
-        table = tuple(side[[tokens.index(token) for token in own]] for side in table)
+        edges: dict[tuple[int, ...], tuple[int, ...]] = {}  # the first token of each window
+        own = []
+        for token, place in zip(tokens, places, strict=True):
+            edge = edges.setdefault(place, token)
+            own.append(tokens.index(tuple(at - start for at, start in zip(token, edge, strict=True))))
+        table = table[0][own], table[1][own]
     qkv = module.qkv.linear(x).view(1, len(tokens), 3, D // P, P)
     q, k, v = (side[0] for side in norm_rotate_ref(qkv, module.qkv.scale, table, eps=1e-6))
     rows = []
