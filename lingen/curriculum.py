@@ -11,6 +11,8 @@ from typing import Any
 
 from lingen.config import BucketConfig, StageConfig
 
+TRAIN_FLOPS = 3  # forward + backward, in forwards; what activation checkpointing computes again is not counted
+
 
 @dataclass(frozen=True)
 class Progress:

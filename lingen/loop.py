@@ -23,14 +23,15 @@ from data.shards import load_index
 from lingen import checkpoint
 from lingen.begin import Inputs, StageState, Start, bad_log, begin_stage, find_start, load_inputs, open_init
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
-from lingen.curriculum import Progress, bucket_named, is_complete, learning_rate
+from lingen.curriculum import TRAIN_FLOPS, Progress, bucket_named, is_complete, learning_rate
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
+from lingen.engine import DTYPES
 from lingen.errors import UserError
 from lingen.export import export_finished
 from lingen.flow import bucket_shift
 from lingen.kernels import forms
 from lingen.metrics import Metrics
-from lingen.plan import TRAIN_FLOPS, make_plan, print_plan, refuse_impossible
+from lingen.plan import make_plan, print_plan, refuse_impossible, refuse_too_large
 from lingen.runfolder import (
     architecture,
     dump_config,
@@ -58,11 +59,13 @@ class Run:
 
 
 def dry_run(config: Config) -> int:
-    """Print the plan of every stage; build nothing, write nothing."""
-    alone = Dist(0, 1, 0, torch.device("cpu"))
+    """Print the plan of every stage; build nothing, write nothing. ``engine.device=cuda`` needs no GPU for that."""
+    alone, place = Dist(0, 1, 0, torch.device("cpu")), find_place(os.environ)
     open_init(config, alone)
-    plan = make_plan(config, load_index(config.data.path))
-    if find_place(os.environ).rank == 0:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if config.engine.device == "auto" else config.engine.device
+    plan = make_plan(config, load_index(config.data.path), world=place.world, device=device)
+    if place.rank == 0:
         print_plan(config, plan)
     return 0
 
@@ -76,7 +79,9 @@ def train(config: Config, stop: StopSignal) -> int:
     dist = init(config.engine.device, config.engine.sequence_parallel)
     dist.together(lambda: choose_kernels(config, dist))
     inputs = dist.together(lambda: load_inputs(config, dist))
-    refuse_impossible(config, make_plan(config, inputs.index), dist.data_world)
+    plan = make_plan(config, inputs.index, world=dist.world, device=dist.device.type)
+    refuse_impossible(config, plan, dist.data_world)
+    dist.together(lambda: refuse_too_large(config, plan, dist.device))
     dist.together(lambda: refuse_other_experiment(config))
     stages, start = find_start(config, inputs, dist)
     export_finished(config, dist)
@@ -126,9 +131,10 @@ def print_choices(config: Config, dist: Dist) -> None:
     """What was chosen for this machine, said once."""
     engine = f"DeepSpeed ZeRO-{config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "torch"
     together = f", {dist.sequence} a sample" if dist.sequence > 1 else ""
+    kernels = forms.describe(dist.device, DTYPES[config.engine.dtype])
     print(
         f"{run_folder(config)}: {config.model.name} {config.size.name}, {engine} in {config.engine.dtype}, "
-        f"{dist.world} x {dist.device.type}{together}; kernels: {forms.describe(dist.device)}",
+        f"{dist.world} x {dist.device.type}{together}; kernels: {kernels}",
         flush=True,
     )
 
@@ -138,7 +144,7 @@ def choose_kernels(config: Config, dist: Dist) -> None:
     UserError: a form of a kernel was asked for that this machine does not have.
     """
     try:
-        forms.ask(config.kernels.model_dump(), dist.device)
+        forms.ask(config.kernels.model_dump(), dist.device, DTYPES[config.engine.dtype])
     except ValueError as error:
         raise UserError(str(error)) from error
 

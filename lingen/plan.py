@@ -1,14 +1,16 @@
-"""What a run will do, worked out before anything is allocated: tokens, batches, steps, samples, parameters, FLOPs.
+"""What a run will do, worked out before anything is allocated: tokens, batches, steps, samples, FLOPs, memory.
 
-``train.py dry_run=true`` prints it; a real run refuses to start where it finds a bucket that no sample can fill.
+``train.py dry_run=true`` prints it; a real run refuses to start where it finds a bucket that no sample can fill, or a
+stage that does not fit its device.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -16,11 +18,9 @@ from rich.table import Table
 from data.pipeline import BucketCount, check_buckets
 from data.shards import Index
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
-from lingen.curriculum import planned_steps
+from lingen.curriculum import TRAIN_FLOPS, planned_steps
 from lingen.errors import UserError
-from lingen.models import make_model
-
-TRAIN_FLOPS = 3  # forward + backward, in forwards; what activation checkpointing computes again is not counted
+from lingen.memory import Memory, model_on_meta, planned_forms, predict
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class StagePlan:
     stage: StageConfig
     steps: int
     buckets: list[BucketPlan]
+    memory: Memory | None  # of one rank, on the largest bucket; None where ``Plan.unknown`` says why
+
+    @property
+    def largest(self) -> BucketPlan:
+        """The bucket of the most tokens a batch."""
+        return largest_of(self.buckets)
 
     @property
     def tokens(self) -> int:
@@ -60,14 +66,17 @@ class Plan:
 
     parameters: int
     stages: list[StagePlan]
+    world: int  # ranks
+    device: str
+    unknown: str | None  # why memory could not be predicted
 
 
-def make_plan(config: Config, index: Index) -> Plan:
-    """The plan of every stage; the model is built on the meta device and takes no memory."""
-    with torch.device("meta"):
-        model = make_model(config, text_dim=config.text.dim)
+def make_plan(config: Config, index: Index, *, world: int, device: str) -> Plan:
+    """The plan of every stage on so many ranks and that kind of device; the model takes no memory."""
+    model = model_on_meta(config)
     counts = check_buckets(index, list(config.stages.values()), config.data)
-    stages = []
+    stages: list[StagePlan] = []
+    unknown = None
     for stage in config.stages.values():
         total, steps = planned_steps(stage)
         buckets = []
@@ -76,8 +85,28 @@ def make_plan(config: Config, index: Index) -> Plan:
             count: BucketCount = counts[stage.name][str(bucket)]
             forward = model.flops(grid, config.text.length)
             buckets.append(BucketPlan(bucket, prod(grid), bucket_steps, count.train, count.holdout, forward))
-        stages.append(StagePlan(stage, total, buckets))
-    return Plan(sum(p.numel() for p in model.parameters()), stages)
+        memory = None
+        try:
+            memory = stage_memory(config, largest_of(buckets), world, device)
+        except (
+            Exception
+        ) as error:  # a release of Triton or mamba-ssm that we do not know must not keep a run from starting
+            unknown = f"{type(error).__name__}: {error}"
+        stages.append(StagePlan(stage, total, buckets, memory))
+    return Plan(sum(p.numel() for p in model.parameters()), stages, world, device, unknown)
+
+
+def largest_of(buckets: list[BucketPlan]) -> BucketPlan:
+    """The bucket of the most tokens a batch."""
+    return max(buckets, key=lambda b: b.tokens * b.bucket.batch_size)
+
+
+def stage_memory(config: Config, plan: BucketPlan, world: int, device: str) -> Memory:
+    """What one rank needs for the bucket's micro-batches."""
+    bucket, engine = plan.bucket, config.engine
+    micro = ceil(bucket.batch_size / max(1, world // engine.sequence_parallel) / engine.grad_accumulation)
+    grid = token_grid(config, bucket.frames, bucket.height, bucket.width)
+    return predict(config, grid, batch=micro, world=world, kernels=planned_forms(config, device))
 
 
 def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
@@ -107,6 +136,45 @@ def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
                     f"{where} has batch_size={b.bucket.batch_size}, which is not a multiple of {ranks} x "
                     f"engine.grad_accumulation={config.engine.grad_accumulation}"
                 )
+
+
+def refuse_too_large(config: Config, plan: Plan, device: torch.device) -> None:
+    """Raises:
+    UserError: a stage needs more memory than the device has.
+    """
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = psutil.virtual_memory().total
+    for stage in plan.stages:
+        if stage.memory is not None and stage.memory.total > there:
+            raise UserError(
+                f"stages.{stage.stage.name}: bucket {stage.largest.bucket} needs {in_gb(stage.memory)} on each of "
+                f"{plan.world} ranks, and {device} has {there / 1e9:.1f} GB; {ways_out(config, plan.world)}"
+            )
+
+
+def in_gb(memory: Memory) -> str:
+    """The sum and what it is made of."""
+    parts = {name: size for name, size in memory.as_dict().items() if name not in ("building", "total") and size}
+    made_of = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+    building = f"; {memory.building / 1e9:.3g} as it is built" if memory.building > memory.step else ""
+    return f"{memory.total / 1e9:.3g} GB ({made_of}{building})"
+
+
+def ways_out(config: Config, world: int) -> str:
+    """What would need less memory."""
+    engine = config.engine
+    ways = [
+        "engine.activation_checkpointing=true" if not engine.activation_checkpointing else "",
+        f"engine=zero{max(2, engine.zero_stage + 1)}" if engine.zero_stage < 3 else "",
+        "engine.dtype=bf16" if engine.dtype == "fp32" else "",
+        f"a larger engine.grad_accumulation than {engine.grad_accumulation}",
+        f"a larger engine.sequence_parallel than {engine.sequence_parallel}",
+        f"more ranks than {world}",
+        "a smaller batch_size",
+    ]
+    return f"try {', '.join(way for way in ways if way)}"
 
 
 def print_plan(config: Config, plan: Plan) -> None:
@@ -142,6 +210,12 @@ def print_plan(config: Config, plan: Plan) -> None:
         f"total: {sum(s.steps for s in plan.stages):,} steps, {sum(s.tokens for s in plan.stages):,} tokens, "
         f"{sum(s.flops for s in plan.stages) / 1e15:.4g} PFLOPs of training (3x forward)"
     )
+    console.print(f"memory of each rank, {plan.world} in all, device {plan.device}:")
+    for stage in plan.stages:
+        if stage.memory is not None:
+            console.print(f"  {stage.stage.name}: {in_gb(stage.memory)} at {stage.largest.bucket}", soft_wrap=True)
+    if plan.unknown:
+        console.print(f"  not predicted: {plan.unknown}", soft_wrap=True, markup=False)
     for stage in plan.stages:
         for b in stage.buckets:
             if not b.train_samples:

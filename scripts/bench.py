@@ -1,9 +1,13 @@
 """Measure: ``python scripts/bench.py NAME key=value ...``; the last line on stdout is JSON.
 
-scan    the scan's CPU time per token at 1k to 64k tokens, against full attention of the same width, and against the
-        torch scans of mamba-ssm and transformers
-import  the wall time of ``import lingen`` and of importing the training loop
-demo    the wall time and the peak memory of ``make demo``, without installation
+flops     forward and training FLOPs of both models on each published stage, and their ratios
+latency   a guided denoising forward, or mode=train a training step, of both models: time, FLOP/s, MFU, peak memory
+ablation  a guided forward of each row of the published ablation
+block     a whole LinGen block's CPU time per token, forward and backward, from 4k to 64k tokens
+memory    predicted memory of training on each published stage; measure=true: of one step, beside what it takes
+scan      the scan's CPU time per token at 1k to 64k tokens, and against full attention of the same width
+import    the wall time of ``import lingen`` and of importing the training loop
+demo      the wall time and the peak memory of ``make demo``, without installation
 """
 
 from __future__ import annotations
@@ -15,11 +19,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lingen.bench import demo, imports, scan
+from lingen.bench import ablation, block, demo, flops, imports, latency, memory, scan
 from lingen.compose import parse
 from lingen.errors import UserError, nearest, run_main
 
-BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], dict[str, Any]]]] = {
+BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], object]]] = {
+    "flops": (flops.FlopWords, flops.run),
+    "latency": (latency.LatencyWords, latency.run),
+    "ablation": (ablation.AblationWords, ablation.run),
+    "block": (block.BlockWords, block.run),
+    "memory": (memory.MemoryWords, memory.run),
     "scan": (scan.ScanWords, scan.run),
     "import": (imports.ImportWords, imports.run),
     "demo": (demo.DemoWords, demo.run),

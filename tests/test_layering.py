@@ -16,7 +16,7 @@ import pytest
 # fmt: off
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.compose"),
-    ("lingen.curriculum", "lingen.dist", "lingen.output", "lingen.runfolder"),
+    ("lingen.curriculum", "lingen.dist", "lingen.heap", "lingen.output", "lingen.runfolder"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
     ("lingen.autoencoder", "lingen.text"),
@@ -24,7 +24,7 @@ ROWS = (
     ("lingen.engine", "lingen.engines", "lingen.ema"),
     ("lingen.checkpoint", "lingen.manifest", "lingen.shardfiles", "lingen.export", "lingen.metrics", "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.loop", "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
+    ("lingen.begin", "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
     ("lingen.bench", "lingen.comparison"),
     ("scripts", "train"),
 )
