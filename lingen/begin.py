@@ -19,7 +19,7 @@ from lingen.config import Config, StageConfig
 from lingen.curriculum import Progress
 from lingen.dist import Dist
 from lingen.ema import Ema
-from lingen.engine import make_engine
+from lingen.engine import DTYPES, make_engine
 from lingen.errors import UserError
 from lingen.export import newest_folder
 from lingen.manifest import MANIFEST, manifest_digest, read_manifest, step_folders
@@ -217,9 +217,8 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
             bad_log=bad_log(config, dist),
         )
     )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.dtype]
     return StageState(
-        Networks(engine, model, inputs.autoencoder, inputs.text, dist.device, dtype),
+        Networks(engine, model, inputs.autoencoder, inputs.text, dist.device, DTYPES[config.engine.dtype]),
         ema,
         loader,
         start.progress,

@@ -218,7 +218,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _mamba_heads_divide(self) -> Config:
         mate = self.model.mate
-        if mate is not None and mate.expand * self.size.d_model % mate.mamba_head_dim:
+        if mate is None or not mate.ma or mate.ssm == "mamba1":
+            return self  # without heads
+        if mate.expand * self.size.d_model % mate.mamba_head_dim:
             raise ValueError(
                 f"model.mate.mamba_head_dim={mate.mamba_head_dim} must divide model.mate.expand={mate.expand} * "
                 f"size.d_model={self.size.d_model}"

@@ -41,6 +41,17 @@ class MateConfig(Section):
             raise ValueError("model.mate.ma=false and model.mate.te=false leave no mixer; keep one of the branches")
         return self
 
+    @model_validator(mode="after")
+    def _choices_are_read(self) -> MateConfig:
+        """Two rows of an ablation that differ in a branch which neither has are one model. Widths may stand there: they
+        are set once for all rows."""
+        for key in () if self.ma else ("scan", "ssm", "projections", "review_pool"):
+            if getattr(self, key) != MateConfig.model_fields[key].default:
+                raise ValueError(
+                    f"model.mate.{key} is of the MA-branch, which model.mate.ma=false leaves out; set one of the two"
+                )
+        return self
+
 
 class ModelConfig(Section):
     """Which mixer the backbone gets: that is the whole difference between LinGen and DiT."""
@@ -71,7 +82,7 @@ class SizeConfig(Section):
     head_dim: PositiveInt = 64
     mlp_ratio: PositiveInt = 4
     d_state: PositiveInt = 64
-    patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
+    patch: Sides = (1, 2, 2)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> SizeConfig:

@@ -65,9 +65,9 @@ def model(row: str) -> Backbone:
 
 
 @cache
-def parameters(row: str, size: str) -> int:
+def parameters(row: str, size: str, *words: str) -> int:
     with torch.device("meta"):
-        made = make_model(config(row, f"size={size}"), text_dim=384)
+        made = make_model(config(row, f"size={size}", *words), text_dim=384)
     assert all(weight.is_meta for weight in made.parameters())
     return sum(weight.numel() for weight in made.parameters())
 
@@ -176,6 +176,21 @@ def test_decay_rates_are_not_weights_to_decay() -> None:
 def test_no_branch_at_all_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.mate\.ma=false and model\.mate\.te=false leave no mixer"):
         compose([*PATHS, "model.mate.ma=false", "model.mate.te=false"])
+
+
+@pytest.mark.parametrize("word", ["scan=hilbert", "ssm=mamba1", "projections=separate", "review_pool=null"])
+def test_choices_of_a_branch_that_is_not_there_are_refused(word: str) -> None:
+    """Else two rows would have two names and one model."""
+    with pytest.raises(UserError, match=rf"^model\.mate\.{word.split('=')[0]} is of the MA-branch, which [^\n]*$"):
+        compose([*PATHS, "model.mate.ma=false", f"model.mate.{word}"])
+
+
+@pytest.mark.parametrize("row", ["without the MA-branch", "Mamba1"])
+def test_heads_of_mamba2_need_not_fit_where_there_are_none(row: str) -> None:
+    heads = "model.mate.mamba_head_dim=48"
+    assert expected_change(row, 2048, 43) == parameters(row, "4b", heads) - parameters("LinGen", "4b")
+    with pytest.raises(UserError, match=r"mamba_head_dim=48 must divide"):
+        config("LinGen", heads)
 
 
 def test_the_page_on_the_models_names_the_words_of_each_row() -> None:
