@@ -51,13 +51,19 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, *, eps: f
 
 def gated_norm_ref(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, *, eps: float) -> Tensor:
     """``gated_norm`` in pure torch."""
-    width = y.shape[2] // 2 * y.shape[3]  # E
-    if z.shape[-1] == width:
-        both = merge_directions_ref(y, index).flatten(2)  # (B, N, E)
-        return F.rms_norm(both * F.silu(z), (width,), weight, eps).to(y.dtype)
-    gate = torch.unflatten(F.silu(z), -1, (2, width))  # (B, N, 2, E)
-    each = split_directions_ref(y, index).flatten(3)  # (B, N, 2, E)
-    return (F.rms_norm(each * gate, (width,), eps=eps) * weight.view(2, width)).flatten(2).to(y.dtype)
+    if z.shape[-1] == y.shape[2] // 2 * y.shape[3]:
+        return gate_ref(merge_directions_ref(y, index).flatten(2), z, weight, eps=eps)
+    return gate_ref(split_directions_ref(y, index).flatten(3), z, weight, eps=eps)
+
+
+def gate_ref(y: Tensor, z: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """What ``gated_norm`` does once y is in natural order: y (B, N, E), the directions' sum, or (B, N, 2, E), both;
+    z (B, N, d*E), weight (d*E,) -> (B, N, d*E)."""
+    width = y.shape[-1:]
+    if y.ndim == 3:
+        return F.rms_norm(y * F.silu(z), width, weight, eps).to(y.dtype)
+    gate = torch.unflatten(F.silu(z), -1, (2, -1))  # (B, N, 2, E)
+    return (F.rms_norm(y * gate, width, eps=eps) * weight.view(2, -1)).flatten(2).to(y.dtype)
 
 
 def merge_directions(y: Tensor, index: ScanIndex) -> Tensor:

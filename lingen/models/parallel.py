@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lingen.kernels.index import ScanIndex
-from lingen.kernels.norm import gated_norm, merge_directions, split_directions
+from lingen.kernels.norm import gate_ref, gated_norm, merge_directions, split_directions
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -128,13 +128,11 @@ def norm_of_slice(
     """
     if group.size == 1:
         return gated_norm(y, z, weight, index, eps=eps)
-    width = group.size * y.shape[2] // 2 * y.shape[3]  # E
-    if z.shape[-1] == width:
+    if z.shape[-1] == group.size * y.shape[2] // 2 * y.shape[3]:
         both = group.to_tokens(merge_directions(y, index).flatten(2), dim=-1)  # (B, n, E)
-        return F.rms_norm(both * F.silu(z), (width,), weight, eps).to(y.dtype)
+        return gate_ref(both, z, weight, eps=eps)
     each = group.to_tokens(split_directions(y, index).flatten(3), dim=-1)  # (B, n, 2, E)
-    gate = torch.unflatten(F.silu(z), -1, (2, width))  # (B, n, 2, E)
-    return (F.rms_norm(each * gate, (width,), eps=eps) * weight.view(2, width)).flatten(2).to(y.dtype)
+    return gate_ref(each, z, weight, eps=eps)
 
 
 def _lengthened(x: Tensor, dim: int, length: int) -> Tensor:

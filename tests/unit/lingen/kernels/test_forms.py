@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def test_the_schema_offers_each_kernel_and_form() -> None:
         for name, field in KernelsConfig.model_fields.items()
     }
     assert offered == {kernel: ["auto", *names] for kernel, names in forms.FORMS.items()}
+
+
+def test_the_page_on_the_models_names_each_kernel_and_form() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "models.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line for line in page if line.startswith("| `kernels.")}
+    assert list(rows) == [f"kernels.{kernel}" for kernel in forms.FORMS]
+    for kernel, names in forms.FORMS.items():
+        assert re.findall(r"`([a-z-]+)`", rows[f"kernels.{kernel}"]) == list(names)
 
 
 def test_a_cpu_takes_torch() -> None:
