@@ -77,7 +77,7 @@ def run(words: LatencyWords) -> list[Row]:
         {key: Case(call) for key, call in calls.items()}, words.rounds, clock_of(device), warm_up=False
     )
     result = [_timed(row, seconds[key], peak) for key, row in rows.items()]
-    _print(result)
+    print(table(result))
     if words.plot is not None:
         plot_costs(result, Path(words.plot))
     return result
@@ -126,13 +126,28 @@ def _timed(row: Row, seconds: list[float], peak: float) -> Row:
     }
 
 
-def _print(rows: list[Row]) -> None:
-    headers = ("model", "tokens", "grid", "layers", "compiled", "median s", "min s", "max s", "tokens/s")
-    table = [
+def table(rows: list[Row]) -> str:
+    """For a terminal or a page."""
+    headers = (
+        "model",
+        "mode",
+        "tokens",
+        "grid",
+        "samples",
+        "layers",
+        "compiled",
+        "median s",
+        "min s",
+        "max s",
+        "tokens/s",
+    )
+    lines = [
         (
             row["model"],
+            row["mode"],
             f"{row['tokens']:,}",
             "x".join(map(str, row["grid"])),
+            row["samples"],
             row["layers"] if row["layers"] == row["layers_of_size"] else f"{row['layers']} of {row['layers_of_size']}",
             "yes" if row["compiled"] else "no",
             *(f"{row[key]:.4g}" for key in ("median_s", "min_s", "max_s", "tokens_per_s")),
@@ -142,4 +157,4 @@ def _print(rows: list[Row]) -> None:
         )
         for row in rows
     ]
-    print(markdown((*headers, "TFLOP/s", "MFU", "peak GB"), table))
+    return markdown((*headers, "TFLOP/s", "MFU", "peak GB"), lines)

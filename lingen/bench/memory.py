@@ -8,7 +8,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from lingen.bench.device import choose_forms, find_device, meter_of, name_of
 from lingen.bench.tables import gb, markdown, named
@@ -36,10 +36,17 @@ class MemoryWords(BaseModel):
     device_gb: PositiveFloat = 80.0  # of 1e9 bytes
     measure: bool = False
     tokens: list[PositiveInt] = Field([1024, 4096], min_length=1)  # of what is measured
+    frame: tuple[PositiveInt, PositiveInt] | None = None  # likewise, as in latency
     dtype: Literal["fp32", "bf16"] = "bf16"  # likewise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # likewise
     blocks: PositiveInt | None = None  # likewise; None: all
     kernels: dict[str, str] = {}  # likewise
+
+    @model_validator(mode="after")
+    def _grids_exist(self) -> MemoryWords:
+        for count in self.tokens:
+            grid_of(count, self.frame)
+        return self
 
 
 def run(words: MemoryWords) -> dict[str, Any]:
@@ -84,18 +91,21 @@ def measured(words: MemoryWords) -> dict[str, Any]:
     for model, tokens in product(words.models, words.tokens):
         depth = () if words.blocks is None else (f"size.depth.{model}={words.blocks}",)
         config = _config(words, model, f"engine.dtype={words.dtype}", *depth)
-        grid = grid_of(tokens)
+        grid = grid_of(tokens, words.frame)
         memory = lay_out(config.engine, probe(config, grid, batch=1, kernels=kernels), 1)
         predicted = memory.step - memory.average  # a step keeps no average
         found = measure_step(config, grid, device)
         rows.append(
             {"model": model, "tokens": tokens, "grid": grid, "layers": config.depth, "predicted": predicted}
-            | {"measured": found, "ratio": round(predicted / found, 3), **memory.as_dict()}
+            | {
+                "activation_checkpointing": words.activation_checkpointing,
+                "measured": found,
+                "ratio": round(predicted / found, 3),
+                **memory.as_dict(),
+            }
         )
     print(f"{name_of(device)}, {words.dtype}, plain torch, one sample; kernels: {named(kernels)}")
-    headers = ("model", "tokens", "layers", "predicted GB", "measured GB", "ratio")
-    lines = [(r["model"], r["tokens"], r["layers"], gb(r["predicted"]), gb(r["measured"]), r["ratio"]) for r in rows]
-    print(markdown(headers, lines))
+    print(measured_table(rows))
     return {
         "bench": "memory",
         **words.model_dump(),
@@ -103,6 +113,13 @@ def measured(words: MemoryWords) -> dict[str, Any]:
         "torch": torch.__version__,
         "rows": rows,
     }
+
+
+def measured_table(rows: list[dict[str, Any]]) -> str:
+    """For a terminal or a page."""
+    headers = ("model", "tokens", "layers", "checkpointing", "predicted GB", "measured GB", "ratio")
+    keys = ("model", "tokens", "layers", "activation_checkpointing")
+    return markdown(headers, [(*(r[k] for k in keys), gb(r["predicted"]), gb(r["measured"]), r["ratio"]) for r in rows])
 
 
 def measure_step(config: Config, grid: Grid, device: torch.device) -> int:
