@@ -24,7 +24,8 @@ ROWS = (
     ("lingen.engine", "lingen.engines", "lingen.ema"),
     ("lingen.checkpoint", "lingen.manifest", "lingen.shardfiles", "lingen.export", "lingen.metrics", "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
+    ("lingen.begin", "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step",
+     "lingen.validation"),
     ("lingen.bench", "lingen.comparison"),
     ("scripts", "train"),
 )
