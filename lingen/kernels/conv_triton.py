@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lingen.kernels.entry import launches
 from lingen.kernels.index import ScanIndex
 
 POSITIONS, CHANNELS = 16, 128  # of a tile; 128 channels in bf16 are two cache lines
@@ -271,7 +272,7 @@ def _sizes(tokens: Tensor, weight: Tensor, inner: int) -> dict[str, Any]:
     }
 
 
-@torch.compiler.disable
+@launches
 def scan_conv_triton(
     tokens: Tensor, reviews: Tensor, weight: Tensor, bias: Tensor, index: ScanIndex, inner: int
 ) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lingen.kernels.conv_triton import mirror, read, strides
+from lingen.kernels.entry import launches
 from lingen.kernels.index import ScanIndex
 
 POSITIONS, HEADS = 16, 64  # of a tile
@@ -129,7 +130,7 @@ def _sizes(dt: Tensor) -> dict[str, Any]:
     }
 
 
-@torch.compiler.disable
+@launches
 def scan_steps_triton(dt: Tensor, reviews_dt: Tensor, bias: Tensor, index: ScanIndex) -> Tensor:
     """``scan_steps`` without its checks."""
     steps: Tensor = _ScanSteps.apply(dt, reviews_dt, bias, index)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lingen.kernels import norm_launch
+from lingen.kernels.entry import launches
 from lingen.kernels.index import ScanIndex
 
 
@@ -182,21 +183,21 @@ class _Unscan(torch.autograd.Function):
         return dy, None, None, None
 
 
-@torch.compiler.disable
+@launches
 def gated_norm_triton(y: Tensor, z: Tensor, weight: Tensor, index: ScanIndex, eps: float) -> Tensor:
     """``lingen.kernels.norm.gated_norm`` without its checks."""
     out: Tensor = _GatedNorm.apply(y, z, weight, index.place, index.reviews, eps)
     return out
 
 
-@torch.compiler.disable
+@launches
 def merge_directions_triton(y: Tensor, index: ScanIndex) -> Tensor:
     """``lingen.kernels.norm.merge_directions`` without its checks."""
     out: Tensor = _Unscan.apply(y, index.place, index.reviews, 1).squeeze(2)
     return out
 
 
-@torch.compiler.disable
+@launches
 def split_directions_triton(y: Tensor, index: ScanIndex) -> Tensor:
     """``lingen.kernels.norm.split_directions`` without its checks."""
     out: Tensor = _Unscan.apply(y, index.place, index.reviews, 2)

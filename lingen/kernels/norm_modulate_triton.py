@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lingen.kernels import norm_launch
+from lingen.kernels.entry import launches
 
 
 @triton.jit
@@ -95,7 +96,7 @@ class _Modulate(torch.autograd.Function):
         return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None
 
 
-@torch.compiler.disable
+@launches
 def modulate_triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """``lingen.kernels.norm.modulate`` without its checks."""
     out: Tensor = _Modulate.apply(x, shift, scale, eps)

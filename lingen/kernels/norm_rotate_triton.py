@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lingen.kernels import norm_launch
+from lingen.kernels.entry import launches
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def _options(x: Tensor) -> dict[str, object]:
     return shared | {"H": heads, "P": channels, "HEADS": padded, "BLOCK": block}
 
 
-@torch.compiler.disable
+@launches
 def norm_rotate_triton(
     qkv: Tensor, scale: Tensor, table: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

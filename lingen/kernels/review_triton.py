@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lingen.kernels.entry import launches
 from lingen.kernels.index import Grid
 
 ROWS, CHANNELS = 8, 128  # of a tile
@@ -122,7 +123,7 @@ def _programs(rows: Tensor, sizes: dict[str, Any]) -> int:
     return int(batch * sides * tiles)
 
 
-@torch.compiler.disable
+@launches
 def review_tokens_triton(x: Tensor, grid: Grid, pool: Grid) -> Tensor:
     """``review_tokens`` without its checks."""
     batch, tokens, *rest = x.shape

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lingen.kernels.entry import launches
 from lingen.kernels.window import Tiling
 
 MAX_CHANNELS = 128
@@ -198,7 +199,7 @@ class _WindowAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-@torch.compiler.disable
+@launches
 def window_attention_triton(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> Tensor:
     """``lingen.kernels.window.window_attention`` without its checks but these.
 
