@@ -78,7 +78,7 @@ def small() -> Scale:
     """Seconds on a CPU."""
     grids: dict[str, Grid] = {"17s 512x896": (3, 4, 7), "34s 512x896": (6, 4, 7), "68s 512x896": (12, 4, 7)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Scale("tiny", grids, 16, device, "bf16" if device == "cuda" else "fp32", (3, 4, 5), 16, 2)
+    return Scale("tiny", grids, 16, device, "bf16" if device == "cuda" else "fp32", (3, 4, 5), 16, 1)
 
 
 def check_numerics(scale: Scale) -> Iterator[Finding]:

@@ -54,8 +54,6 @@ def without_average(memory: Memory) -> int:
     ("size", "grid", "dtype", "checkpointing"),
     [
         ("tiny", (5, 10, 10), "fp32", False),
-        ("tiny", (5, 10, 10), "fp32", True),
-        ("tiny", (5, 10, 10), "bf16", False),
         ("tiny", (5, 10, 10), "bf16", True),
         ("small", (2, 6, 6), "fp32", True),
         ("small", (2, 6, 6), "bf16", False),
