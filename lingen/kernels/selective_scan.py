@@ -46,7 +46,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D:
     _check(x, dt, A, B, C, D)
     if forms.chosen("selective_scan", x.device, x.dtype) == "torch":
         return selective_scan_torch(x, dt, A, B, C, D)
-    return _scan_mamba_ssm(x, dt, A, B, C, D)
+    y: Tensor = _scan_mamba_ssm(x, dt, A, B, C, D)
+    return y
 
 
 def selective_scan_flops(length: int, channels: int, d_state: int) -> int:
@@ -84,15 +85,14 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
             raise ValueError(f"{name} {tuple(given.shape)} has dtype {given.dtype}; it must be floating point")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _scan_mamba_ssm(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
     with bare_mamba_package():
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    y: Tensor = _scan_in_pieces(selective_scan_fn, x, dt, A, B, C, D, MAX_ELEMENTS)
-    return y
+    return _scan_in_pieces(selective_scan_fn, x, dt, A, B, C, D, MAX_ELEMENTS)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _scan_in_pieces(
     kernel: Callable[..., Tensor],
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, max_elements: int,

@@ -27,6 +27,7 @@ TILE = 32  # tokens or channels: the smallest block whose partial sums the kerne
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def scan_mamba_ssm(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -37,8 +38,7 @@ def scan_mamba_ssm(
     """
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B.to(x.dtype), C.to(x.dtype)))
     D = None if D is None else D.float().contiguous()
-    y, states = scan_in_pieces(_kernel(), x, dt, A.float(), B, C, D, initial, chunk_size, MAX_OFFSET)
-    return y, states
+    return scan_in_pieces(_kernel(), x, dt, A.float(), B, C, D, initial, chunk_size, MAX_OFFSET)
 
 
 @functools.cache
@@ -49,7 +49,6 @@ def _kernel() -> Kernel:
     return kernel
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def scan_in_pieces(
     kernel: Kernel,
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None,

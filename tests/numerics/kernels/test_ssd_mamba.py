@@ -146,6 +146,15 @@ def test_the_package_is_imported_without_its_init(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_a_compiled_model_is_interrupted_once() -> None:
+    """Not by the package's import as well, which a compiler would try to follow at every layer."""
+    inputs = make(20)
+    x = inputs.pop("x")
+    explained = torch._dynamo.explain(lambda: 2 * ssd(x + 1, **inputs, chunk_size=16))()
+    assert len(explained.break_reasons) == 1
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_fp64_is_refused_where_mamba_ssm_was_asked_for() -> None:
     inputs = {name: t.double() for name, t in make(20).items()}
     with pytest.raises(ValueError, match=r"kernels\.ssd=mamba-ssm cannot run here: it does not compute in fp64"):
