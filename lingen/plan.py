@@ -149,8 +149,8 @@ def refuse_too_large(config: Config, plan: Plan, device: torch.device) -> None:
     for stage in plan.stages:
         if stage.memory is not None and stage.memory.total > there:
             raise UserError(
-                f"stages.{stage.stage.name}: bucket {stage.largest.bucket} needs {in_gb(stage.memory)} on each rank, and "
-                f"{device} has {there / 1e9:.3g} GB; {ways_out(config, plan.world)}"
+                f"stages.{stage.stage.name}: bucket {stage.largest.bucket} needs {in_gb(stage.memory)} on each rank, "
+                f"and {device} has {there / 1e9:.3g} GB; {ways_out(config, plan.world)}"
             )
 
 

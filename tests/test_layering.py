@@ -16,7 +16,7 @@ import pytest
 # fmt: off
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.compose"),
-    ("lingen.curriculum", "lingen.dist", "lingen.heap", "lingen.output", "lingen.runfolder"),
+    ("lingen.curriculum", "lingen.dist", "lingen.output", "lingen.runfolder"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
     ("lingen.autoencoder", "lingen.text"),
