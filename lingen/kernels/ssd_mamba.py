@@ -5,6 +5,8 @@ tensor's largest offset counts, not its size: a view that skips columns reaches 
 and the sequence are cut where some tensor of some launch, forward or backward, would reach too far, and the state is
 carried. Slices are views: nothing is copied but results and gradients, which are put together.
 
+They multiply fp32 in TF32, Triton's default, so in fp32 the torch form is the more exact one.
+
 Shapes: B batch, L tokens, H heads, P channels a head, G groups of heads that share B and C, N state channels a head.
 """
 

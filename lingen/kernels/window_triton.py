@@ -207,7 +207,10 @@ def window_attention_triton(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> 
         ValueError: a number of channels or size of window that the kernels do not take.
     """
     if q.shape[3] > MAX_CHANNELS:
-        raise ValueError(f"q has shape {tuple(q.shape)}; kernels.window=triton takes P up to {MAX_CHANNELS}")
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; kernels.window=triton takes P up to {MAX_CHANNELS}; "
+            "set kernels.window=torch"
+        )
     if math.prod(tiling.size) > MAX_WINDOW:
         raise ValueError(f"tiling has windows of {tiling.size}; kernels.window=triton takes up to {MAX_WINDOW} tokens")
     out: Tensor = _WindowAttention.apply(q, k, v, tiling)
