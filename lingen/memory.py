@@ -120,7 +120,7 @@ def _gradients(engine: EngineConfig, parameters: int, share: int) -> tuple[int, 
     """Bytes of gradients that always are, and that come along the backward."""
     low = DTYPES[engine.dtype].itemsize
     if engine.kind == "torch":
-        return 4 * parameters, low % 4 * parameters  # bf16 ones until a micro-batch's are all there
+        return 4 * parameters, (low if low < 4 else 0) * parameters  # bf16 ones, until a micro-batch's are all there
     if engine.zero_stage == 0:
         return 0, (4 if low == 4 else 6) * parameters  # in bf16 a step adds them up in fp32
     if engine.zero_stage == 1:
@@ -136,11 +136,10 @@ def _buffers(engine: EngineConfig, world: int) -> tuple[int, int]:
         return 0, (4 if engine.dtype == "fp32" else 0)
     if engine.zero_stage == 1:
         return (4 if world > 1 else 0), 4
-    if engine.zero_stage == 2:
-        return (4 if world > 1 and engine.grad_accumulation > 1 else 0), (
-            4 if world == 1 and engine.dtype == "fp32" else 8
-        )
-    return 4, 8
+    if engine.zero_stage == 3:
+        return 4, 8
+    kept = 4 if world > 1 and engine.grad_accumulation > 1 else 0
+    return kept, (4 if world == 1 and engine.dtype == "fp32" else 8)
 
 
 def _building(engine: EngineConfig, parameters: int, world: int) -> int:
@@ -280,7 +279,7 @@ def _nothing_launched(kernels: Mapping[str, str], live: Live) -> Iterator[None]:
             setattr(owner, name, value)
 
         forms_here = {kernel: _runnable(kernel, form) for kernel, form in kernels.items()}
-        swap(forms, "chosen", lambda kernel, *_: forms_here[kernel])
+        swap(forms, "chosen", lambda kernel, *_, **__: forms_here[kernel])
         swap(F, "scaled_dot_product_attention", _attention)
         for walk in (ssd_torch, selective_scan_torch):
             swap(walk, "_blocks", _unwalked(walk._blocks))

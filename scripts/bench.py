@@ -5,7 +5,8 @@ latency   a guided denoising forward, or mode=train a training step, of both mod
 ablation  a guided forward of each row of the published ablation
 block     a whole LinGen block's CPU time per token, forward and backward, from 4k to 64k tokens
 memory    predicted memory of training on each published stage; measure=true: of one step, beside what it takes
-scan      the scan's CPU time per token at 1k to 64k tokens, and against full attention of the same width
+scan      the scan's CPU time per token at 1k to 64k tokens, against full attention of the same width, and against the
+          torch scans of mamba-ssm and transformers
 import    the wall time of ``import lingen`` and of importing the training loop
 demo      the wall time and the peak memory of ``make demo``, without installation
 """

@@ -18,16 +18,19 @@ PUBLISHED_STAGES = "t2v_512"  # what the names of the stages begin with that tra
 
 
 class FlopWords(BaseModel):
-    """``size`` is one of conf/size."""
+    """``lingen`` and ``dit`` are more words of train.py for that model, as in lingen=[size.d_state=128]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: str = "4b"
+    lingen: list[str] = []
+    dit: list[str] = []
 
 
 def run(words: FlopWords) -> dict[str, Any]:
     """A row a stage, for its largest bucket: FLOPs of one sample; then 512p again with square frames."""
-    configs = {name: bench_config(name, words.size) for name in ("lingen", "dit")}
+    more = {"lingen": words.lingen, "dit": words.dit}
+    configs = {name: bench_config(name, words.size, *more[name]) for name in more}
     models = {name: model_on_meta(config) for name, config in configs.items()}
 
     def row(stage: StageConfig, bucket: BucketConfig) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Subject:
         if self.engine is not None:
             engine = self.engine
             return lambda: self._train(engine, model, inputs)
-        scale = max(self.config.sampler.guidance_scale, 2.0) if guidance else 1.0
+        scale = self.config.sampler.guidance_scale if guidance else 1.0
         text = (inputs.states, inputs.mask)
         denoise = torch.no_grad()(guided(model, text, text, scale))
         return lambda: denoise(inputs.latents, inputs.sigma)
