@@ -31,7 +31,7 @@ from lingen.kernels.index import Grid
 Finding = dict[str, Any]
 Model = Literal["lingen", "dit"]
 BOTH: tuple[Model, ...] = ("lingen", "dit")
-FORWARDS = 5  # timed, where a forward takes a second or a few
+FORWARDS = 3  # timed, where a forward takes a second or a few
 
 
 class CheckWords(BaseModel):
@@ -171,15 +171,15 @@ class Part:
 # Mamba1 has no fused form without mamba-ssm's CUDA extension, and may take long.
 QUICK_ROWS = tuple(name for name in ablation.ROWS if name not in (ablation.FULL, "Mamba1"))
 PARTS = (  # what matters most comes first
-    Part("numerics", 90, check_numerics),
+    Part("numerics", 120, check_numerics),
     Part("LinGen, one forward", 120, lambda s: time_forwards(s, ("lingen",), ("17s", "34s", "68s"))),
     Part("DiT, one forward, 17 s", 60, lambda s: time_forwards(s, ("dit",), ("17s",))),
     Part("profile of a LinGen block", 45, profile_block),
     Part("memory, and training steps", 90, measure_memory),
-    Part("guided forward, 17 s", 60, lambda s: time_forwards(s, BOTH, ("17s",), guidance=True, rounds=3)),
+    Part("guided forward, 17 s", 60, lambda s: time_forwards(s, BOTH, ("17s",), guidance=True)),
     Part("ablation", 90, lambda s: time_ablation(s, QUICK_ROWS)),
     Part("DiT, one forward, 34 s", 60, lambda s: time_forwards(s, ("dit",), ("34s",), rounds=2, warm_up=False)),
-    Part("compiled, 17 s", 100, lambda s: time_forwards(s, BOTH, ("17s",), compile=True, rounds=3)),
+    Part("compiled, 17 s", 100, lambda s: time_forwards(s, BOTH, ("17s",), compile=True)),
     Part("DiT, one forward, 68 s", 180, lambda s: time_forwards(s, ("dit",), ("68s",), rounds=1, warm_up=False)),
     Part("ablation, Mamba1", 120, lambda s: time_ablation(s, ["Mamba1"])),
 )  # fmt: skip

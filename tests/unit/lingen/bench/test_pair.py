@@ -147,6 +147,33 @@ def test_the_meter_counts_what_stays_and_what_was() -> None:
     assert kept.sum() == 1000 and stays == 4000 and most == 12_000
 
 
+def test_a_gpus_meter_and_clock_read_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("record")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, _: Any) -> float:
+            return 250.0  # milliseconds
+
+    done: list[str] = []
+    allocated = iter((100, 130))  # before, after
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 180)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("all"))
+    gpu = torch.device("cuda")
+    assert device.meter_of(gpu).run(lambda: done.append("call") or "x") == ("x", 30, 80)  # type: ignore[func-returns-value]
+    assert device.clock_of(gpu)(lambda: done.append("call")) == 0.25
+    assert done == ["reset", "call", "all", "record", "call", "record", "wait"]
+
+
 def test_ablation_has_the_papers_rows_in_its_order() -> None:
     words = ["tokens=32", "blocks=1", "text_tokens=8", "rounds=1", "device=cpu"]
     result = ablation.run(parse(ablation.AblationWords, words))
