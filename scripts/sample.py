@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from lingen.compose import parse
-from lingen.errors import run_main
+from lingen.errors import UserError, run_main
+from lingen.model_config import KernelsConfig
 from lingen.output import make_folder, writing
 
 NAME_LENGTH = 60
@@ -41,6 +42,7 @@ class Words(BaseModel):
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] | None = None  # of the denoiser; None: the training's on a GPU, fp32 on a CPU
     autoencoder: str | None = None  # where the autoencoder's file is now
+    kernels: KernelsConfig = KernelsConfig()  # kernels="{attention: sdpa}"
 
 
 def file_name(prompt: str, seed: int) -> str:
@@ -60,14 +62,21 @@ def main() -> None:
     """Load, sample, write."""
     words = parse(Words, sys.argv[1:])
     from data.encode import write_contact_sheet, write_mp4
+    from lingen.kernels import forms
     from lingen.pipeline import LinGenPipeline
 
     pipeline = LinGenPipeline.from_pretrained(
         words.checkpoint, device=words.device, dtype=words.dtype, autoencoder=words.autoencoder
     )
+    dtype = next(pipeline.model.parameters()).dtype
+    try:
+        forms.ask(words.kernels.model_dump(), pipeline.device, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     shape = pipeline.shape(words.frames, words.height, words.width)
     out = Path(words.out)
     make_folder(out, words.out)
+    print(f"kernels: {forms.describe(pipeline.device, dtype)}", file=sys.stderr)
     seeds = list(range(words.seed, words.seed + words.count))
     videos = pipeline(
         [words.prompt] * words.count,

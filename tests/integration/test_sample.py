@@ -38,8 +38,9 @@ def pipeline(run: Path) -> LinGenPipeline:
 
 def test_the_script_writes_a_video_and_a_contact_sheet(run: Path, python: Any, tmp_path: Path) -> None:
     words = ["scripts/sample.py", f"checkpoint={run}", "prompt=a red circle: ../../moving, left", f"out={tmp_path}"]
-    done = python(*words, "steps=2", "count=2", "seed=5")
+    done = python(*words, "steps=2", "count=2", "seed=5", "kernels={attention: torch}")
     assert done.returncode == 0, done.stderr
+    assert "attention torch" in done.stderr and "ssd torch" in done.stderr
     names = sorted(p.name for p in tmp_path.iterdir())
     stem = "a-red-circle-moving-left"
     assert names == [f"{stem}-5.mp4", f"{stem}-5.png", f"{stem}-6.mp4", f"{stem}-6.png"]
@@ -105,6 +106,8 @@ def test_the_untrained_model_is_another(pipeline: LinGenPipeline) -> None:
         (["autoencoder=/nowhere"], ["/nowhere", "does not exist"]),
         (["promt=a"], ["did you mean 'prompt'"]),
         (["device=gpu"], ["device=gpu", "cpu"]),
+        (["kernels={conv: triton}"], ["kernels.conv=triton cannot run here", "it needs a GPU"]),
+        (["kernels={conf: torch}"], ["kernels.conf", "did you mean 'conv'"]),
         (["out=/proc/nowhere"], ["out=/proc/nowhere cannot be written"]),
     ],
 )
