@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lingen.bench.workload import bench_config
+from lingen.bench.workload import bench_config, leave_no_zeros
 from lingen.engine import DTYPES
 from lingen.kernels.index import Grid
 from lingen.models import make_model
@@ -29,6 +29,7 @@ def run(size: str, grid: Grid, device: torch.device, dtype: str, text_tokens: in
     torch.manual_seed(0)
     with device:
         model = make_model(config, text_dim=config.text.dim).to(DTYPES[dtype])
+        leave_no_zeros(model)
         block, width = model.blocks[LAYER], config.size.d_model
         x, weight = torch.randn(2, 1, prod(grid), width, dtype=DTYPES[dtype])  # (1, N, D) each
         text = torch.randn(1, text_tokens, width, dtype=DTYPES[dtype])

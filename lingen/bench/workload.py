@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lingen.compose import compose
 from lingen.config import BucketConfig, Config, StageConfig
@@ -87,14 +87,23 @@ class Inputs:
         return Inputs(latents, noise, torch.full((1,), 0.5, device=device), states, mask)
 
 
+@torch.no_grad()
+def leave_no_zeros(model: nn.Module) -> None:
+    """Make random what begins at zero (gates, outputs): a GPU multiplies zeros faster, and gates stop all gradients."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+
+
 class Subject:
-    """A model on a device, to denoise or to train. Weights are random: the time does not depend on them."""
+    """A model on a device, to denoise or to train, with random weights."""
 
     def __init__(self, config: Config, device: torch.device, *, train: bool) -> None:
         self.config, self.device = config, device
         torch.manual_seed(0)
         with device:  # torch's default one inside
             self.model = make_model(config, text_dim=config.text.dim)
+        leave_no_zeros(self.model)
         self.engine: Engine | None = None
         if train:
             self.engine = make_engine(self.model, config.engine, config.optim, Dist(0, 1, 0, device))
