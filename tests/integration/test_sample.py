@@ -86,7 +86,7 @@ def test_bf16_samples_are_close_to_fp32(run: Path, pipeline: LinGenPipeline) -> 
     assert next(half.model.parameters()).dtype == torch.bfloat16
     shape = {"frames": 9, "height": 32, "width": 32, "steps": 2, "progress": False}
     videos = [p(["a red circle"], **shape).float() for p in (half, pipeline)]  # type: ignore[arg-type]
-    assert 0 < (videos[0] - videos[1]).abs().mean() < 4
+    assert (videos[0] - videos[1]).abs().mean() < 4  # of 255; so few steps of training may leave no difference at all
 
 
 def test_the_untrained_model_is_another(pipeline: LinGenPipeline) -> None:
