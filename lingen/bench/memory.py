@@ -73,14 +73,18 @@ def predicted(words: MemoryWords) -> dict[str, Any]:
 
 
 def _layouts(words: MemoryWords, engine: EngineConfig, found: Probe) -> Iterator[dict[str, Any]]:
-    """Over ranks, over those of them that share a sample, and over levels."""
+    """Over ranks, over those of them that share a sample, and over levels.
+
+    ``activations`` are those of the fullest moment, which may come when some of ``all_activations`` have gone.
+    """
     for world, together in product(words.world, words.sequence_parallel):
         if world % together:
             continue
         for level in words.levels:
             choice = {"zero_stage": level, "sequence_parallel": together}
             memory = lay_out(engine.model_copy(update=choice), found, world)
-            yield {"world": world, **choice, **memory.as_dict(), "fits": memory.total <= words.device_gb * 1e9}
+            facts = {"all_activations": found.activations // together, "fits": memory.total <= words.device_gb * 1e9}
+            yield {"world": world, **choice, **memory.as_dict(), **facts}
 
 
 def measured(words: MemoryWords) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def _print_predicted(words: MemoryWords, rows: list[dict[str, Any]]) -> None:
     lines: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
         key = (row["stage"], row["model"], f"{row['tokens']:,}", row["world"], row["sequence_parallel"])
-        cells = lines.setdefault(key, [gb(row["activations"])])
+        cells = lines.setdefault(key, [gb(row["all_activations"])])
         cells.append(gb(row["total"]) if row["fits"] else f"({gb(row['total'])})")
     headers = ("stage", "model", "tokens", "ranks", "a sample", "activations", *(f"ZeRO-{n}" for n in words.levels))
     print(markdown(headers, [(*key, *cells) for key, cells in lines.items()]))
