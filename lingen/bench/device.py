@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -79,6 +80,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     torch.mm(a, b)
     seconds = min(clock(lambda: torch.mm(a, b)) for _ in range(5))
     return 2 * side**3 / seconds, f"matmul of {side}, measured"
+
+
+@contextlib.contextmanager
+def fitting(what: str, device: torch.device) -> Iterator[None]:
+    """Raises:
+    UserError: ``what`` is measured inside, and takes more memory than the device has.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"{what} does not fit the memory of {name_of(device)}: {error}") from error
+        raise
 
 
 def clock_of(device: torch.device) -> Clock:

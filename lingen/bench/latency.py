@@ -14,7 +14,17 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from lingen.bench.device import Meter, choose_forms, clock_of, dtype_of, find_device, meter_of, name_of, peak_flops
+from lingen.bench.device import (
+    Meter,
+    choose_forms,
+    clock_of,
+    dtype_of,
+    find_device,
+    fitting,
+    meter_of,
+    name_of,
+    peak_flops,
+)
 from lingen.bench.plot import plot_costs
 from lingen.bench.tables import gb, markdown, named
 from lingen.bench.timing import Case, interleave
@@ -57,7 +67,7 @@ class LatencyWords(BaseModel):
 def run(words: LatencyWords) -> list[Row]:
     """A row for each model and token count, and for compiled or not."""
     if words.plot is not None:
-        make_folder(Path(words.plot).parent, words.plot)
+        make_folder(Path(words.plot).parent, words.plot, "plot")
     device = find_device(words.device)
     dtype = dtype_of(words.dtype, device)
     kernels = choose_forms(words.kernels, device, DTYPES[dtype])
@@ -69,7 +79,8 @@ def run(words: LatencyWords) -> list[Row]:
     rows: dict[str, Row] = {}
     meter = meter_of(device)
     for name in dict.fromkeys(words.models):
-        subject, resident, _ = meter.run(lambda name=name: _subject(words, name, dtype, device))  # type: ignore[misc]
+        with fitting(f"size={words.size}", device):
+            subject, resident, _ = meter.run(lambda name=name: _subject(words, name, dtype, device))  # type: ignore[misc]
         for row, call in _cases(words, subject, device, meter, resident):
             key = f"{name} {row['tokens']} tokens{', compiled' if row['compiled'] else ''}"
             rows[key], calls[key] = {"model": name, **row, **common}, call
@@ -101,10 +112,11 @@ def _cases(
     for tokens in dict.fromkeys(words.tokens):
         grid = grid_of(tokens, words.frame)
         for choice in choices:
-            call = subject.call(grid, guidance=words.guidance, compiled=choice)
-            if words.warm_up and device.type == "cuda":
-                call()
-            _, _, more = meter.run(call)
+            with fitting(f"tokens={tokens}", device):
+                call = subject.call(grid, guidance=words.guidance, compiled=choice)
+                if words.warm_up and device.type == "cuda":
+                    call()
+                _, _, more = meter.run(call)
             row = {"tokens": tokens, "grid": grid, "samples": samples, "compiled": choice}
             row |= {"layers": len(subject.model.blocks), "layers_of_size": subject.layers_of_size}
             row |= {"flops": subject.flops(grid, samples=samples), "peak_bytes": resident + more}

@@ -43,9 +43,11 @@ class MemoryWords(BaseModel):
     kernels: dict[str, str] = {}  # likewise
 
     @model_validator(mode="after")
-    def _grids_exist(self) -> MemoryWords:
+    def _grids_and_groups_exist(self) -> MemoryWords:
         for count in self.tokens:
             grid_of(count, self.frame)
+        if all(world % together for world, together in product(self.world, self.sequence_parallel)):
+            raise ValueError(f"world={self.world} has no multiple of sequence_parallel={self.sequence_parallel}")
         return self
 
 
@@ -56,6 +58,8 @@ def run(words: MemoryWords) -> dict[str, Any]:
 
 def predicted(words: MemoryWords) -> dict[str, Any]:
     """On GPUs, in bf16 under DeepSpeed: what ``engine=zeroN`` does."""
+    for model, together in product(words.models, words.sequence_parallel):
+        _config(words, model, f"engine.sequence_parallel={together}")  # which refuses what does not divide the heads
     rows = []
     kernels: dict[str, str] = {}
     for stage in ladder(words.size):

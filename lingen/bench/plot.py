@@ -31,6 +31,6 @@ def plot_costs(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_title(f"{rows[0]['size']}, {rows[0]['dtype']}, {rows[0]['device']}")
     axes.grid(which="both", alpha=0.2)
     axes.legend()
-    with writing(path):
+    with writing(path, "plot"):
         figure.savefig(path, dpi=150)
     plt.close(figure)

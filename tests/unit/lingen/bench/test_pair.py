@@ -117,7 +117,8 @@ def test_compiled_blocks_share_the_weights_and_compute_the_same(monkeypatch: pyt
         (["kernels={cony: triton}"], "cony is no kernel"),
         (["size=tin"], "size=tin does not exist in conf/size; did you mean 'tiny'"),
         (["models=[gan]"], "models"),
-        (["plot=/proc/nowhere/x.png"], "plot|out=/proc/nowhere"),
+        (["plot=/proc/nowhere/x.png"], "plot=/proc/nowhere/x.png cannot be written"),
+        (["tokens=[99999999999]", "blocks=1", "device=cpu"], r"tokens=99999999999 does not fit the memory of cpu"),
     ],
 )
 def test_wrong_words_are_named(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +204,19 @@ def test_memory_of_every_stage_and_level() -> None:
     assert rows["t2v_512_68s", 3]["total"] < rows["t2v_512_68s", 0]["total"]
     assert rows["t2v_512_68s", 2]["activations"] > rows["t2v_512_34s", 2]["activations"]
     assert [rows["t2v_512_34s", level]["fits"] for level in (0, 3)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["world=[3]", "sequence_parallel=[2]"], r"world=\[3\] has no multiple of sequence_parallel=\[2\]"),
+        (["world=[3]", "sequence_parallel=[3]"], "engine.sequence_parallel=3 must divide the 32 heads"),
+        (["measure=true", "tokens=[100]", "frame=[3,3]"], "tokens=100 is not a multiple"),
+    ],
+)
+def test_memory_that_nothing_would_use_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        memory.run(parse(memory.MemoryWords, words))
 
 
 def test_memory_is_measured_beside_the_prediction() -> None:
