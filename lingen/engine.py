@@ -6,6 +6,7 @@ Both keep fp32 master weights and Adam moments as flat tensors, and show the pie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +15,23 @@ from torch import nn
 
 from lingen.config import EngineConfig, OptimConfig
 from lingen.dist import Dist
+from lingen.errors import UserError
+from lingen.kernels import forms
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_forms(kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Take these forms of the kernels, and the fastest of the others. Returns the form of each.
+
+    Raises:
+        UserError: a form was asked for that this machine does not have, or not in ``dtype``.
+    """
+    try:
+        forms.ask(kernels, device, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {kernel: forms.chosen(kernel, device, dtype) for kernel in forms.FORMS}
 
 
 @dataclass(frozen=True)

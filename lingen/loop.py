@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lingen.begin import Inputs, StageState, Start, bad_log, begin_stage, find_s
 from lingen.config import BucketConfig, Config, StageConfig, token_grid
 from lingen.curriculum import TRAIN_FLOPS, Progress, bucket_named, is_complete, learning_rate
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
-from lingen.engine import DTYPES
+from lingen.engine import DTYPES, choose_forms
 from lingen.errors import UserError
 from lingen.export import export_finished
 from lingen.flow import bucket_shift
@@ -77,11 +78,13 @@ def train(config: Config, stop: StopSignal) -> int:
         UserError: before anything is allocated, where the configuration and what lies on disk cannot work together.
     """
     dist = init(config.engine.device, config.engine.sequence_parallel)
-    dist.together(lambda: choose_kernels(config, dist))
+    dist.together(lambda: choose_forms(config.kernels.model_dump(), dist.device, DTYPES[config.engine.dtype]))
     inputs = dist.together(lambda: load_inputs(config, dist))
     plan = make_plan(config, inputs.index, world=dist.world, device=dist.device.type)
     refuse_impossible(config, plan, dist.data_world)
     dist.together(lambda: refuse_too_large(config, plan, dist.device))
+    if plan.unknown and dist.rank == 0:
+        print(f"whether it fits the device was not predicted: {plan.unknown}", file=sys.stderr)
     dist.together(lambda: refuse_other_experiment(config))
     stages, start = find_start(config, inputs, dist)
     export_finished(config, dist)
@@ -137,16 +140,6 @@ def print_choices(config: Config, dist: Dist) -> None:
         f"{dist.world} x {dist.device.type}{together}; kernels: {kernels}",
         flush=True,
     )
-
-
-def choose_kernels(config: Config, dist: Dist) -> None:
-    """Raises:
-    UserError: a form of a kernel was asked for that this machine does not have.
-    """
-    try:
-        forms.ask(config.kernels.model_dump(), dist.device, DTYPES[config.engine.dtype])
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:

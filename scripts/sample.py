@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from lingen.compose import parse
-from lingen.errors import UserError, run_main
+from lingen.errors import run_main
 from lingen.model_config import KernelsConfig
 from lingen.output import make_folder, writing
 
@@ -62,6 +62,7 @@ def main() -> None:
     """Load, sample, write."""
     words = parse(Words, sys.argv[1:])
     from data.encode import write_contact_sheet, write_mp4
+    from lingen.engine import choose_forms
     from lingen.kernels import forms
     from lingen.pipeline import LinGenPipeline
 
@@ -69,10 +70,7 @@ def main() -> None:
         words.checkpoint, device=words.device, dtype=words.dtype, autoencoder=words.autoencoder
     )
     dtype = next(pipeline.model.parameters()).dtype
-    try:
-        forms.ask(words.kernels.model_dump(), pipeline.device, dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    choose_forms(words.kernels.model_dump(), pipeline.device, dtype)
     shape = pipeline.shape(words.frames, words.height, words.width)
     out = Path(words.out)
     make_folder(out, words.out)

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
-from lingen.bench.device import choose_forms, clock_of, dtype_of, find_device, name_of
+from lingen.bench.device import clock_of, dtype_of, find_device, name_of
 from lingen.bench.tables import markdown, named
 from lingen.bench.workload import Subject, bench_config, grid_of
-from lingen.engine import DTYPES
+from lingen.engine import DTYPES, choose_forms
 
 
 class Row(NamedTuple):

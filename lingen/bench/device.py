@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
 
 from lingen.bench.timing import Clock, cpu_seconds
 from lingen.errors import UserError
-from lingen.kernels import forms
 from lingen.memory import Live
 
 # Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets, by what the name of a device begins with;
@@ -44,19 +43,6 @@ def find_device(wanted: str) -> torch.device:
         torch.set_num_threads(1)
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_forms(kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Take these forms of the kernels and the fastest of the others. Returns the form of each.
-
-    Raises:
-        UserError: a form was asked for that this machine does not have, or not in ``dtype``.
-    """
-    try:
-        forms.ask(kernels, device)
-        return {kernel: forms.chosen(kernel, device, dtype) for kernel in forms.FORMS}
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def dtype_of(wanted: str, device: torch.device) -> str:

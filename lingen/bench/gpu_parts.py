@@ -22,10 +22,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat
 
 from lingen.bench import ablation, latency, memory, numerics, profile
-from lingen.bench.device import choose_forms, find_device, name_of
+from lingen.bench.device import find_device, name_of
 from lingen.bench.workload import bench_config, ladder, largest_bucket
 from lingen.config import token_grid
-from lingen.engine import DTYPES
+from lingen.engine import DTYPES, choose_forms
 from lingen.kernels.index import Grid
 
 Finding = dict[str, Any]

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from lingen.bench.device import (
     Meter,
-    choose_forms,
     clock_of,
     dtype_of,
     find_device,
@@ -29,7 +28,7 @@ from lingen.bench.plot import plot_costs
 from lingen.bench.tables import gb, markdown, named
 from lingen.bench.timing import Case, interleave
 from lingen.bench.workload import Subject, bench_config, grid_of
-from lingen.engine import DTYPES
+from lingen.engine import DTYPES, choose_forms
 from lingen.output import make_folder
 
 Row = dict[str, Any]

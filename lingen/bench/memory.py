@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from lingen.bench.device import choose_forms, find_device, meter_of, name_of
+from lingen.bench.device import find_device, meter_of, name_of
 from lingen.bench.tables import gb, markdown, named
 from lingen.bench.workload import Subject, bench_config, grid_of, ladder, largest_bucket
 from lingen.config import Config, EngineConfig, token_grid
-from lingen.engine import DTYPES
+from lingen.engine import DTYPES, choose_forms
 from lingen.kernels.index import Grid
 from lingen.memory import Probe, lay_out, planned_forms, probe
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lingen.kernels import forms
+from lingen.kernels.layout import check_qkv, last_offset
 
 MAX_ELEMENTS = 2**31 - 1  # the libraries compute some offsets in 32 bits, flash-attention those in its fp32 buffers
 VECTOR = 16  # numbers of the widest vector registers
@@ -33,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises:
         ValueError: an argument has a wrong shape, dtype or layout; the message names it.
     """
-    _check(q, k, v)
+    check_qkv(q, k, v)
     form = forms.chosen("attention", q.device, q.dtype)
     return attention_ref(q, k, v) if form == "torch" else attend_in_pieces(_LIBRARIES[form], q, k, v, MAX_ELEMENTS)
 
@@ -91,7 +92,7 @@ _LIBRARIES: dict[str, Attend] = {
 
 def attend_in_pieces(attend: Attend, q: Tensor, k: Tensor, v: Tensor, limit: int) -> Tensor:
     """``attend`` to all at once, to one sample at a time, or to some heads of one: no offset passes ``limit``."""
-    if max(map(_span, (q, k, v))) <= limit:
+    if max(last_offset(x.shape, x.stride()) for x in (q, k, v)) <= limit:
         return attend(q, k, v)
     if q.shape[0] > 1:
         samples = zip(torch.split(q, 1), torch.split(k, 1), torch.split(v, 1), strict=True)
@@ -104,23 +105,3 @@ def attend_in_pieces(attend: Attend, q: Tensor, k: Tensor, v: Tensor, limit: int
             seen.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]  # so would its gradient
         outputs.append(seen)
     return torch.cat(outputs, dim=2)
-
-
-def _span(x: Tensor) -> int:
-    """How far the last element lies from the first."""
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (B, N, h, P), each at least 1")
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}; "
-                f"it must be as q is, {tuple(q.shape)} {q.dtype} on {q.device}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} {tuple(x.shape)} has dtype {x.dtype}; it must be floating point")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise ValueError(f"{name} {tuple(x.shape)} has strides {x.stride()}; the last must be 1")

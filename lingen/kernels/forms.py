@@ -49,16 +49,21 @@ def ask(forms: Mapping[str, str], device: torch.device, dtype: torch.dtype | Non
             _must_run(kernel, form, device, dtype)
     _asked.clear()
     _asked.update({kernel: form for kernel, form in forms.items() if form != "auto"})
-    chosen.cache_clear()
+    _choose.cache_clear()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def chosen(kernel: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The form that ``kernel`` takes on ``device``, in ``dtype`` where that matters.
+    """The form that ``kernel`` takes on ``device``, in ``dtype`` where that matters. To torch.compile a constant.
 
     Raises:
         ValueError: the form that was asked for cannot run so.
     """
+    return _choose(kernel, device, dtype)
+
+
+@functools.cache
+def _choose(kernel: str, device: torch.device, dtype: torch.dtype | None) -> str:
     if kernel in _asked:
         _must_run(kernel, _asked[kernel], device, dtype)
         return _asked[kernel]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lingen.kernels.layout import last_offset
 from lingen.kernels.mamba_package import bare_mamba_package
 
 MAX_OFFSET = 2**31 - 1
@@ -73,7 +74,7 @@ def scan_in_pieces(
 
 
 def _addressable(gradient: Tensor, limit: int) -> Tensor:
-    return gradient if _last(gradient.shape, gradient.stride()) <= limit else gradient.contiguous()
+    return gradient if last_offset(gradient.shape, gradient.stride()) <= limit else gradient.contiguous()
 
 
 def _cut(t: Tensor, size: int, dim: int) -> Sequence[Tensor]:
@@ -133,7 +134,7 @@ def largest_offsets(
     """
     (H, P), (G, N), q = x.shape[2:], B.shape[2:], chunk_size
     chunks = samples * -(-tokens // q)
-    view_x, view_dt, view_B, view_C = (_last((samples, tokens, *t.shape[2:]), t.stride()) for t in (x, dt, B, C))
+    view_x, view_dt, view_B, view_C = (last_offset((samples, tokens, *t.shape[2:]), t.stride()) for t in (x, dt, B, C))
     y, steps = samples * tokens * H * P - 1, chunks * H * q - 1
     states, scores = chunks * H * P * N - 1, chunks * G * q * q - 1
     skip = -(-q // TILE) * chunks * H * P - 1  # the gradient of D, chunk by chunk
@@ -160,8 +161,3 @@ def largest_offsets(
         "_chunk_scan_bwd_ddAcs_stable_kernel": max(view_x, y, tiled(q), scores),
         "_chunk_cumsum_bwd_kernel": max(view_dt, steps),
     }
-
-
-def _last(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The offset of the last element."""
-    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

@@ -18,6 +18,7 @@ from torch import Tensor
 from lingen.kernels import forms
 from lingen.kernels.attention import sdpa
 from lingen.kernels.index import Grid
+from lingen.kernels.layout import check_qkv
 
 Run = tuple[int, int]  # windows side by side along an axis, and the tokens of each
 
@@ -113,19 +114,9 @@ def _attend_equal(qkv: tuple[Tensor, ...], runs: tuple[Run, ...]) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling) -> None:
+    check_qkv(q, k, v)
     tokens = math.prod(tiling.grid)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or 0 in x.shape or x.shape[1] != tokens:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must be (B, N, h, P), each at least 1, "
-                f"with the N = {tokens} tokens of the grid {tiling.grid}"
-            )
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}; "
-                f"it must be as q is, {tuple(q.shape)} {q.dtype} on {q.device}"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} {tuple(x.shape)} has dtype {x.dtype}; it must be floating point")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise ValueError(f"{name} {tuple(x.shape)} has strides {x.stride()}; the last must be 1")
+    if q.shape[1] != tokens:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; it must have the N = {tokens} tokens of the grid {tiling.grid}"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,13 @@ from lingen.compose import compose
 from lingen.errors import UserError
 from lingen.export import load_trained
 from lingen.loop import train
+from tests.runs import Signal, lines
 
 STAGES = ["demo_image", "demo_video"]
 Start = Callable[..., Path]
 
 
 VIDEO = "[{frames: 9, height: 32, width: 32, batch_size: 4}]"
-
-
-@dataclass
-class Signal:
-    """Stands for ``StopSignal``: it comes in the step after ``stop_at`` - 1."""
-
-    run: Path
-    stop_at: int | None
-
-    @property
-    def asked(self) -> bool:
-        """Whether it came."""
-        if self.stop_at is None:
-            return False
-        return self.stop_at == 1 or (
-            (self.run / "metrics.jsonl").exists() and len(trained(self.run)) >= self.stop_at - 1
-        )
 
 
 @pytest.fixture
@@ -61,10 +44,6 @@ def start(world: Any, tmp_path: Path) -> Start:
         return folder
 
     return run
-
-
-def lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
 
 
 def trained(run: Path) -> list[tuple[int, str, float]]:

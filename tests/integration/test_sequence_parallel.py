@@ -22,6 +22,7 @@ from lingen.compose import compose
 from lingen.dist import Dist
 from lingen.errors import UserError
 from lingen.loop import train
+from tests.runs import Signal, lines
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_AT, DAMAGED = 2, "damaged-shards"
@@ -37,25 +38,6 @@ RUNS = {
     "zero3": [*LINGEN, *ZERO3, "engine.activation_checkpointing=true"],
     "zero2": [*DIT, *ZERO2, "engine.grad_accumulation=2", "data.max_bad_share=0.9", "data.holdout_share=0.3"],
 }
-
-
-@dataclass
-class Signal:
-    """Stands for ``StopSignal``: it comes in the step after ``stop_at`` - 1."""
-
-    run: Path
-    stop_at: int | None
-
-    @property
-    def asked(self) -> bool:
-        """Whether it came."""
-        return self.stop_at is not None and len(trained(self.run)) >= self.stop_at - 1
-
-
-def lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    records = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    return [record for record in records if record["kind"] == kind]
 
 
 def trained(run: Path) -> list[tuple[int, str, int, float, float]]:

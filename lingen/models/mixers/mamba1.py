@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lingen.kernels.conv import scan_conv
 from lingen.kernels.index import Grid
 from lingen.kernels.selective_scan import selective_scan, selective_scan_flops
-from lingen.models.mixers.mamba2 import NORM_EPS, draw_steps
+from lingen.models.mixers.mamba2 import NORM_EPS, draw_steps, reset_around_scan
 from lingen.models.mixers.scan import ScanOrder, overview, scan_index, scan_length
 from lingen.models.parallel import ALONE, norm_of_slice
 
@@ -69,10 +69,7 @@ class BidirectionalMamba1(nn.Module):
 
     def reset_parameters(self) -> None:
         """As in Mamba: decay rates 1 to S in every channel, time steps as in Mamba2, unit skips."""
-        nn.init.uniform_(self.conv_weight, -(self.conv_kernel**-0.5), self.conv_kernel**-0.5)
-        nn.init.zeros_(self.conv_bias)
-        nn.init.ones_(self.D)
-        nn.init.ones_(self.norm_weight)
+        reset_around_scan(self)
         with torch.no_grad():
             for direction in self.x_proj:
                 nn.init.xavier_uniform_(direction)

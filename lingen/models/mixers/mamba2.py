@@ -8,6 +8,7 @@ channels a direction, S state channels.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,15 @@ from lingen.models.parallel import ALONE, norm_of_slice
 NORM_EPS = 1e-6
 DT_RANGE = (1e-3, 1e-1)  # time steps at the start (Mamba2's reference values)
 A_RANGE = (1.0, 16.0)  # decay rates at the start
+
+
+class AroundScan(Protocol):
+    """The parameters around a scan, of both directions."""
+
+    conv_weight: nn.Parameter  # (channels, k)
+    conv_bias: nn.Parameter  # (channels,)
+    D: nn.Parameter
+    norm_weight: nn.Parameter
 
 
 class BidirectionalMamba2(nn.Module):
@@ -78,10 +88,7 @@ class BidirectionalMamba2(nn.Module):
 
     def reset_parameters(self) -> None:
         """As in Mamba2: time steps log-uniform in ``DT_RANGE``, decay rates uniform in ``A_RANGE``, unit skips."""
-        nn.init.uniform_(self.conv_weight, -(self.conv_kernel**-0.5), self.conv_kernel**-0.5)
-        nn.init.zeros_(self.conv_bias)
-        nn.init.ones_(self.D)
-        nn.init.ones_(self.norm_weight)
+        reset_around_scan(self)
         with torch.no_grad():
             self.A_log.uniform_(*A_RANGE).log_()
         draw_steps(self.dt_bias)
@@ -140,6 +147,15 @@ class BidirectionalMamba2(nn.Module):
         conv = 2 * length * 2 * (self.inner + 2 * self.d_state) * self.conv_kernel
         scan = ssd_flops(length, 2 * self.heads, self.head_dim, 2, self.d_state, self.chunk_size)
         return projections + conv + scan
+
+
+def reset_around_scan(mamba: AroundScan) -> None:
+    """What begins alike in Mamba and Mamba2: the convolution's weights, unit skips, a plain norm."""
+    bound = mamba.conv_weight.shape[1] ** -0.5
+    nn.init.uniform_(mamba.conv_weight, -bound, bound)
+    nn.init.zeros_(mamba.conv_bias)
+    nn.init.ones_(mamba.D)
+    nn.init.ones_(mamba.norm_weight)
 
 
 def draw_steps(dt_bias: Tensor) -> None:

@@ -1,13 +1,17 @@
-"""What Triton's interpreter does not see: whether a kernel compiles."""
+"""Kernels in Triton's interpreter; and what that does not see: whether they compile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lingen.kernels import forms
+
+CPU = torch.device("cpu")
 PRETEND = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -43,3 +47,17 @@ def compiled(python: Callable[..., Any], tmp_path: Path) -> Callable[[str], list
         return [line.split()[1] for line in done.stdout.splitlines() if line.startswith("compiled ")]
 
     return run
+
+
+@pytest.fixture
+def take_triton() -> Iterator[Callable[[str], None]]:
+    """Let a seam take Triton, until the test ends; what nobody writes is NaN meanwhile."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+
+    def take(kernel: str) -> None:
+        forms.ask({kernel: "triton"}, CPU)
+        torch.use_deterministic_algorithms(True)
+
+    yield take
+    torch.use_deterministic_algorithms(False)
+    forms.ask({}, CPU)

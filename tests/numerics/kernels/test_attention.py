@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lingen.kernels import attention as seam
 from lingen.kernels import forms
 from lingen.kernels.attention import attend_in_pieces, attention, attention_ref
+from lingen.kernels.layout import last_offset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BATCH, TOKENS, HEADS, P = 2, 37, 3, 16
@@ -139,7 +140,7 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        Watched.reached += [seam._span(x) for x in (q, k, v)]
+        Watched.reached += [last_offset(x.shape, x.stride()) for x in (q, k, v)]
         with torch.enable_grad():
             ctx.given = [x.detach().requires_grad_() for x in (q, k, v)]  # type: ignore[attr-defined]
             ctx.out = attention_ref(*ctx.given)  # type: ignore[attr-defined]
@@ -147,7 +148,7 @@ class Watched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        Watched.reached.append(seam._span(gradient))
+        Watched.reached.append(last_offset(gradient.shape, gradient.stride()))
         return torch.autograd.grad(ctx.out, ctx.given, gradient)  # type: ignore[attr-defined]
 
 
@@ -183,7 +184,7 @@ def test_no_call_at_the_4b_width_passes_32_bits(tokens: int, batch: int, calls: 
     given = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given.append(max(seam._span(x) for x in (q, k, v)))
+        given.append(max(last_offset(x.shape, x.stride()) for x in (q, k, v)))
         return torch.empty_like(q)
 
     qkv = torch.empty(batch, tokens, 3, 32, 64, dtype=torch.bfloat16, device="meta")
@@ -198,7 +199,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, *packages: str, major: int = 9) -> 
     """As if there were a GPU and these packages."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
-    forms.chosen.cache_clear()
+    forms._choose.cache_clear()
 
 
 def test_a_gpu_takes_cudnn_where_the_precision_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:

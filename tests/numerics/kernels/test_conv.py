@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,21 +35,16 @@ Call = Callable[..., Tensor]
 
 
 @pytest.fixture
-def triton_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The seam takes Triton, with several tiles of everything; what nobody writes is NaN."""
-    convolution = pytest.importorskip("lingen.kernels.conv_triton", reason="Triton is for Linux")
-    from lingen.kernels import conv_triton_steps, review_triton
+def triton_form(take_triton: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seam takes Triton, with several tiles of everything."""
+    take_triton("conv")
+    from lingen.kernels import conv_triton, conv_triton_steps, review_triton
 
-    monkeypatch.setattr(convolution, "CHANNELS", 16)
-    monkeypatch.setattr(convolution, "PROGRAMS", 24)
+    monkeypatch.setattr(conv_triton, "CHANNELS", 16)
+    monkeypatch.setattr(conv_triton, "PROGRAMS", 24)
     monkeypatch.setattr(conv_triton_steps, "HEADS", 16)
     monkeypatch.setattr(conv_triton_steps, "PROGRAMS", 6)
     monkeypatch.setattr(review_triton, "CHANNELS", 16)
-    forms.ask({"conv": "triton"}, CPU)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    forms.ask({}, CPU)
 
 
 @dataclass(frozen=True)

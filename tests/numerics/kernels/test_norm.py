@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, R reviews, M = R + N, h heads of P channels, E = h*P,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,15 +26,12 @@ Tensors = dict[str, Tensor]
 
 
 @pytest.fixture
-def triton_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The seam takes Triton; its backwards take several rows a program; what nobody writes is NaN."""
-    launch = pytest.importorskip("lingen.kernels.norm_launch", reason="Triton is for Linux")
-    monkeypatch.setattr(launch, "PROGRAMS", 5)
-    forms.ask({"norm": "triton"}, CPU)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    forms.ask({}, CPU)
+def triton_form(take_triton: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seam takes Triton; its backwards take several rows a program."""
+    take_triton("norm")
+    from lingen.kernels import norm_launch
+
+    monkeypatch.setattr(norm_launch, "PROGRAMS", 5)
 
 
 @dataclass(frozen=True)

@@ -206,13 +206,13 @@ def test_mamba_ssm_is_chosen_where_its_extension_is_installed(extension: bool, m
     packages = {"mamba_ssm", "triton"} | ({"selective_scan_cuda"} if extension else set())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
     for device, form in (("cuda", "mamba-ssm" if extension else "torch"), ("cpu", "torch")):
-        forms.chosen.cache_clear()
+        forms._choose.cache_clear()
         assert forms.chosen("selective_scan", torch.device(device)) == form
     problem = forms.missing("selective_scan", "mamba-ssm", torch.device("cpu"))
     assert problem == (
         "it needs a GPU, and the device is cpu" if extension else "the package selective_scan_cuda is not installed"
     )
-    forms.chosen.cache_clear()
+    forms._choose.cache_clear()
 
 
 def test_pieces_at_68_s_and_guidance_cover_each_channel_once_and_stay_below_the_limit() -> None:

@@ -163,11 +163,11 @@ def test_fp64_is_refused_where_mamba_ssm_was_asked_for() -> None:
 
 def test_fp64_takes_torch_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    forms.chosen.cache_clear()
+    forms._choose.cache_clear()
     for kernel in ("ssd", "selective_scan"):
         forms_taken = [forms.chosen(kernel, torch.device("cuda"), dtype) for dtype in (torch.bfloat16, torch.float64)]
         assert forms_taken == ["mamba-ssm", "torch"]
-    forms.chosen.cache_clear()
+    forms._choose.cache_clear()
 
 
 def test_the_gradient_of_a_view_too_wide_is_copied() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lingen.kernels import forms
 from lingen.kernels.index import Grid
 from lingen.kernels.window import Tiling, tile, window_attention, window_attention_ref
 
@@ -33,14 +32,9 @@ each_case = pytest.mark.parametrize(("grid", "window"), CASES)
 
 
 @pytest.fixture
-def triton_form() -> Iterator[None]:
-    """The seam takes Triton; what nobody writes is NaN."""
-    pytest.importorskip("triton", reason="Triton is for Linux")
-    forms.ask({"window": "triton"}, CPU)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    forms.ask({}, CPU)
+def triton_form(take_triton: Callable[[str], None]) -> None:
+    """The seam takes Triton."""
+    take_triton("window")
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of rows that are not written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lingen.kernels import forms
+from lingen.kernels.norm import modulate
 from lingen.model_config import KernelsConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -26,7 +28,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     """As if these packages, and no other of those that a form needs, were there; and no interpreter."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in packages else None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    forms.chosen.cache_clear()
+    forms._choose.cache_clear()
 
 
 def test_the_schema_offers_each_kernel_and_form() -> None:
@@ -89,6 +91,13 @@ def test_a_gpu_form_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     installed(monkeypatch, "triton")
     with pytest.raises(ValueError, match=r"it needs a GPU, and the device is cpu; set kernels\.conv=auto"):
         forms.ask({"conv": "triton"}, CPU)
+
+
+@pytest.mark.filterwarnings("error")
+def test_to_a_compiler_the_choice_is_a_constant() -> None:
+    x, shift = torch.randn(2, 5, 8), torch.randn(2, 1, 8)
+    compiled = torch.compile(functools.partial(modulate, eps=1e-6), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, shift, shift), modulate(x, shift, shift, eps=1e-6))
 
 
 def test_a_run_that_asks_for_a_missing_form_ends_before_it_begins(world, python, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
