@@ -1,4 +1,6 @@
-"""The schema of a run: every key, its default and its bounds, once (the model's in ``lingen.model_config``).
+"""The schema of a run: every key, its default and its bounds, once.
+
+The model's part is in ``lingen.model_config``, that of keeping a run alive in ``lingen.operation_config``.
 
 Nothing else in the project sees a DictConfig; a value that is not in this file cannot be set.
 """
@@ -13,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from lingen.model_config import KernelsConfig, ModelConfig, Section, SizeConfig
+from lingen.operation_config import CheckpointConfig, GuardConfig, LoggerConfig, WatchdogConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -150,13 +153,6 @@ class EngineConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
-    """When to save and how many to keep; each stage's end is always kept."""
-
-    every_steps: PositiveInt = 1000
-    keep_last: PositiveInt = 2
-
-
 class ValidationConfig(Section):
     """A fixed held-out set with fixed timesteps and noise, the same for every model."""
 
@@ -181,16 +177,6 @@ class SamplerConfig(Section):
     negative_prompt: str = ""
 
 
-class LoggerConfig(Section):
-    """metrics.jsonl is always written; these say what else."""
-
-    every_steps: PositiveInt = 1
-    console: bool = True
-    wandb: Literal["auto", "offline", "disabled"] = "auto"  # auto: online where there is a key, else offline
-    project: str = "lingen"
-    entity: str | None = None
-
-
 class Config(Section):
     """One run: a model taken through the stages of a curriculum."""
 
@@ -199,6 +185,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dry_run: bool = False
     init_from: PathText | None = None  # a stage's checkpoint that the first stage starts from
+    until: str | None = None  # the last stage that this command trains; None: all of them
     model: ModelConfig
     size: SizeConfig
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]  # in order
@@ -211,6 +198,8 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     validation: ValidationConfig = ValidationConfig()
     sampler: SamplerConfig = SamplerConfig()
     logger: LoggerConfig = LoggerConfig()
@@ -261,6 +250,8 @@ class Config(Section):
         for key, stage in self.stages.items():
             if key != stage.name or "/" in key:
                 raise ValueError(f"stages.{key}.name={stage.name}: a stage's name is its key, a single word")
+        if self.until is not None and self.until not in self.stages:
+            raise ValueError(f"until={self.until} is none of the stages {', '.join(self.stages)}")
         return self
 
     @model_validator(mode="after")

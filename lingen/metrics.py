@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lingen.config import LoggerConfig
 from lingen.errors import UserError
+from lingen.operation_config import LoggerConfig
 from lingen.sinks import ConsoleLog, WandbLog
 
 Record = dict[str, Any]

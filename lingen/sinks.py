@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from lingen.config import LoggerConfig
+from lingen.operation_config import LoggerConfig
 from lingen.runfolder import write_aside
 
 Record = dict[str, Any]

@@ -15,7 +15,8 @@ import pytest
 
 # fmt: off
 ROWS = (
-    ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.compose"),
+    ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
+     "lingen.compose"),
     ("lingen.curriculum", "lingen.dist", "lingen.output", "lingen.runfolder"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
@@ -31,7 +32,8 @@ ROWS = (
 )
 # Rooms that see less than the rows above them.
 ONLY = {
-    "data": ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.compose", "data"),
+    "data": ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
+             "lingen.compose", "data"),
     "lingen.kernels": ("lingen.kernels",),
     "lingen.models": ("lingen.errors", "lingen.config", "lingen.model_config", "lingen.kernels", "lingen.models"),
 }

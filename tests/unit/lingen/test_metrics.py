@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lingen.config import LoggerConfig
 from lingen.errors import UserError
 from lingen.metrics import Metrics, read_metrics
+from lingen.operation_config import LoggerConfig
 from lingen.sinks import ConsoleLog
 
 
