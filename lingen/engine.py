@@ -6,7 +6,7 @@ Both keep fp32 master weights and Adam moments as flat tensors, and show the pie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,11 @@ class Fragment:
     exp_avg_sq: torch.Tensor  # (elements,) second Adam moment
 
 
+def never(norm: float) -> bool:
+    """Refuse no step whose gradient is finite."""
+    return False
+
+
 class Engine(Protocol):
     """Trains a model. ``backward``, ``step`` and ``refresh`` are collectives: all ranks call them, in one order.
 
@@ -69,10 +74,12 @@ class Engine(Protocol):
         """Add the gradient of one micro-batch's scalar loss; ``engine.grad_accumulation`` of them make a step."""
         ...
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, refuse: Callable[[float], bool] = never) -> float:
         """Clip to ``optim.grad_clip``, take an AdamW step, zero the gradients.
 
-        Returns the global gradient norm before clipping. Where it is not finite, no weight was changed.
+        Returns the global gradient norm before clipping. Where it is not finite, or ``refuse`` says so of it, weights,
+        moments and the count of steps stay what they were. ``refuse`` is asked once, where the norm is finite, and must
+        answer the same on every rank.
         """
         ...
 

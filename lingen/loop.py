@@ -166,7 +166,7 @@ def run_steps(run: Run, stage: StageConfig, state: StageState, *, resumed: bool)
         result = take_step(run, stage, state, batches, time.perf_counter() - waiting_since)
         done = is_complete(stage, state.progress)
         refuse_too_many_holes(run, state, finished=done)
-        if result.stop:
+        if result.votes[0] > 0:
             save(run, stage, state, final=False)  # before all else: whoever stops us may not wait
             return None
         if due(run.config.validation.every_steps, state.progress) and not done:
@@ -222,9 +222,11 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
         shift=stage.timestep_shift or bucket_shift(tokens, config.flow),
         flow=config.flow,
         dist=run.dist,
-        stop_asked=lambda: run.stop.asked,
+        votes=lambda: [float(run.stop.asked)],
+        refuse=lambda loss, norm: None if math.isfinite(loss) and math.isfinite(norm) else "it is not finite",
+        lost=None,
     )
-    if result.valid and not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+    if result.refused:
         raise UserError(
             f"step {state.progress.step + 1} of stage {stage.name}: loss={result.loss}, grad_norm={result.grad_norm}; "
             f"nothing of it was saved. Lower stages.{stage.name}.lr={stage.lr:g} or optim.grad_clip, then run again"

@@ -6,8 +6,9 @@ Shapes: B samples of a micro-batch, F frames, C channels, T x H x W latent posit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -16,6 +17,7 @@ from lingen.autoencoder import Autoencoder
 from lingen.config import FlowConfig
 from lingen.dist import Dist
 from lingen.engine import Engine
+from lingen.errors import UserError
 from lingen.flow import draw, interpolate, sample_losses
 from lingen.models import Backbone
 from lingen.text import TextEncoder
@@ -52,12 +54,13 @@ class Networks:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured, over all ranks."""
+    """What one step measured, over all ranks; the same on every rank."""
 
     loss: float  # mean over the valid samples; NaN where there are none
     grad_norm: float  # before clipping
     valid: int  # samples that were not holes
-    stop: bool  # some rank was asked to stop
+    votes: list[float]  # the sums of what the ranks' ``votes`` gave
+    refused: str | None  # why the weights were left as they were
 
 
 def train_step(
@@ -70,7 +73,9 @@ def train_step(
     shift: float,
     flow: FlowConfig,
     dist: Dist,
-    stop_asked: Callable[[], bool],
+    votes: Callable[[], Sequence[float]],
+    refuse: Callable[[float, float], str | None],
+    lost: str | None,
 ) -> StepResult:
     """Noise, predict, backward over this rank's micro-batches, then one step.
 
@@ -79,13 +84,24 @@ def train_step(
     it is one for any, since a read may fail on one rank alone.
 
     Holes count neither in the loss nor in its mean, so the mean is over the valid samples of the global batch. Where
-    all are holes, the loss is NaN and the weights stay.
+    all are holes, the loss is NaN, nothing changes, and that is no failure.
+
+    Args:
+        votes: this rank's numbers to be summed over the ranks; asked when the losses are known, and as many on each.
+        refuse: (loss, gradient norm) -> why the step is to be left out, or None. It has a reason against whatever is
+            not finite. What any rank refuses, all leave out.
+        lost: what this rank could not read (``StageLoader.lost``).
+
+    Raises:
+        UserError: a rank could not read its samples. On all ranks, before anything was changed.
     """
     device = networks.device
     masks = [dist.agreed(batch.valid) for batch in batches]  # (B,) bool each
-    valid_total = torch.tensor(float(sum(int(mask.sum()) for mask in masks)), device=device)
-    dist.all_reduce_sum(valid_total)
-    valid = int(valid_total) // dist.sequence
+    counts = torch.tensor([float(sum(int(mask.sum()) for mask in masks)), float(lost is not None)], device=device)
+    dist.all_reduce_sum(counts)
+    if counts[1]:
+        raise_lost(lost, dist)
+    valid_total, valid = counts[0], int(counts[0]) // dist.sequence
     loss_sum = torch.zeros((), device=device)
     for batch, mask in zip(batches, masks, strict=True):
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
@@ -105,7 +121,30 @@ def train_step(
         loss = (losses * mask).sum() / valid_total.clamp(min=1)
         networks.engine.backward(loss)
         loss_sum += loss.detach()
-    grad_norm = networks.engine.step(lr if valid else 0.0)
-    seen = torch.stack([loss_sum, torch.tensor(float(stop_asked()), device=device)])
+    seen = torch.tensor([0.0, *votes()], device=device)
+    seen[0] = loss_sum
     dist.all_reduce_sum(seen)
-    return StepResult(float(seen[0]) if valid else math.nan, grad_norm, valid, bool(seen[1] > 0))
+    loss, *sums = seen.tolist()
+    if not valid:
+        return StepResult(math.nan, networks.engine.step(lr, lambda norm: True), 0, sums, None)
+    reason: str | None = None
+
+    def is_refused(norm: float) -> bool:
+        nonlocal reason
+        reason = refuse(loss, norm)
+        if dist.any(reason is not None):
+            reason = reason or "another rank refused it"
+        return reason is not None
+
+    grad_norm = networks.engine.step(lr, is_refused)
+    if not math.isfinite(grad_norm):
+        reason = refuse(loss, grad_norm)  # the engine did not ask
+    return StepResult(loss, grad_norm, valid, sums, reason)
+
+
+def raise_lost(lost: str | None, dist: Dist) -> NoReturn:
+    """Raises:
+    UserError: always, on all ranks, with what the first of those that lost something could not read.
+    """
+    first = next(problem for problem in dist.gather(lost) if problem is not None)
+    raise UserError(f"{first}; nothing of this step was taken; restore it and run again")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from lingen.config import EngineConfig, OptimConfig
 from lingen.dist import Dist
-from lingen.engine import DTYPES, AdamState, Fragment, Replicas, decay_groups, make_adam
+from lingen.engine import DTYPES, AdamState, Fragment, Replicas, decay_groups, make_adam, never
 
 
 class TorchEngine:
@@ -80,12 +81,12 @@ class TorchEngine:
                     p.grad = None
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, refuse: Callable[[float], bool] = never) -> float:
         """Sum over ranks, clip, AdamW, zero the gradients; see ``Engine.step``."""
         for flat in self._flat_grads:
             self._dist.all_reduce_sum(flat)
         norm = float(torch.nn.utils.get_total_norm(self._grads))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not refuse(norm):
             torch._foreach_mul_(self._flat_grads, min(1.0, self._clip / (norm + 1e-6)))
             self._state.set_lr(lr)
             self._adam.step()

@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -21,7 +21,7 @@ from torch import nn
 
 from lingen.config import EngineConfig, OptimConfig
 from lingen.dist import Dist
-from lingen.engine import DTYPES, AdamState, Fragment, Replicas, decay_groups, make_adam
+from lingen.engine import DTYPES, AdamState, Fragment, Replicas, decay_groups, make_adam, never
 
 Piece = tuple[str, torch.Size, int, torch.Tensor, int, int]  # parameter, shape, start | flat master, offset, length
 
@@ -53,6 +53,10 @@ class DeepSpeedEngine:
                 config=_settings(config, optim, sum(shape.numel() for shape in self._shapes.values())),
                 dist_init_required=False,
             )
+        self._refuse: Callable[[float], bool] = never
+        self._refused: bool | None = None  # the step under way; None: not asked yet
+        if self._is_wrapped:
+            self._adam.register_step_pre_hook(self._ask)
         self._state = AdamState(self._adam, self._flat_masters())
         self._replicas = Replicas(dist)
         self._fragments = self._find_fragments()
@@ -83,7 +87,7 @@ class DeepSpeedEngine:
         self._ds.set_gradient_accumulation_boundary(self._micro == self._accumulation)
         self._ds.backward(loss * self._dist.world, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, refuse: Callable[[float], bool] = never) -> float:
         """See ``Engine.step``."""
         if self._micro != self._accumulation:
             raise RuntimeError(
@@ -91,10 +95,11 @@ class DeepSpeedEngine:
             )
         self._micro = 0
         self._state.set_lr(lr)
-        if self.zero_stage == 0 and not self._is_bf16:
-            return self._step_unwrapped()
+        if not self._is_wrapped:
+            return self._step_unwrapped(refuse)
+        self._refuse, self._refused = refuse, None
         self._ds.step()
-        # A refused step leaves the norm of an earlier one behind.
+        # A norm that is not finite leaves that of an earlier step behind.
         return float(self._ds.get_global_grad_norm()) if self._ds.was_step_applied() else math.inf
 
     def fragments(self) -> list[Fragment]:
@@ -131,11 +136,26 @@ class DeepSpeedEngine:
     def _is_bf16(self) -> bool:
         return bool(self._ds.bfloat16_enabled())
 
-    def _step_unwrapped(self) -> float:
+    @property
+    def _is_wrapped(self) -> bool:
+        """Whether AdamW sits inside an optimizer of DeepSpeed's."""
+        return self.zero_stage > 0 or self._is_bf16
+
+    def _ask(self, adam: torch.optim.Optimizer, *_: object) -> None:
+        """Before AdamW's step, when DeepSpeed has the norm: AdamW leaves alone what has no gradient.
+
+        DeepSpeed calls AdamW for one group after the other, each time with that group alone.
+        """
+        if self._refused is None:
+            self._refused = self._refuse(float(self._ds.optimizer._global_grad_norm))
+        if self._refused:
+            adam.zero_grad(set_to_none=True)
+
+    def _step_unwrapped(self, refuse: Callable[[float], bool]) -> float:
         """Level 0 in fp32 has no optimizer of DeepSpeed's that would report the norm or refuse an infinite one."""
         grads = [p.grad for p in self._params.values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and not refuse(norm):
             torch._foreach_mul_(grads, min(1.0, self._clip / (norm + 1e-6)))
             self._ds.step()
         else:
