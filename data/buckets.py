@@ -7,8 +7,8 @@ integer hash (SplitMix64), so that an order outlives a change of library version
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -59,16 +59,17 @@ def epoch_order(members: Ints, shard_of: Ints, *, seed: int, epoch: int, window_
     """The members in the order of one epoch: shards permuted, then samples permuted inside windows of shards.
 
     Args:
-        members: (M,) rows of the index.
+        members: (M,) rows of the index, at least one.
         shard_of: (N,) the shard of every row of the index.
         seed: any integer that names the stream; its low 64 bits count.
         window_shards: so many shards are read at a time, which bounds what a cache of remote shards must hold.
     """
-    shards, local = np.unique(shard_of[members], return_inverse=True)  # (S,), (M,)
-    place = np.empty(len(shards), dtype=np.int64)
-    place[np.argsort(_mix(seed, epoch, 0, shards), kind="stable")] = np.arange(len(shards))
-    window = place[local] // window_shards  # (M,)
-    order = np.lexsort((_mix(seed, epoch, 1, members), window))
+    shard = shard_of[members]  # (M,)
+    shards = np.flatnonzero(np.bincount(shard))  # (S,) those with members
+    window_of = np.zeros(int(shards[-1]) + 1, dtype=np.min_scalar_type(len(shards)))  # small numbers sort faster
+    window_of[shards[np.argsort(_mix(seed, epoch, 0, shards))]] = np.arange(len(shards)) // window_shards
+    by_word = np.argsort(_mix(seed, epoch, 1, members))  # (M,); no two words are equal, so any kind of sort will do
+    order = by_word[np.argsort(window_of[shard[by_word]], kind="stable")]
     ordered: Ints = members[order]
     return ordered
 
@@ -87,24 +88,16 @@ def bucket_of_step(shares: Sequence[float], step: int) -> int:
     """Which bucket (its place in ``shares``) a step of a stage draws from.
 
     After any number of steps each bucket has had its share of them to within a step or two, and the same on every rank.
-    """
-    return int(_schedule(tuple(shares), 1 << max(10, step.bit_length()))[step])
-
-
-@lru_cache(maxsize=16)
-def _schedule(shares: tuple[float, ...], steps: int) -> Ints:
-    """The buckets of the first ``steps`` steps. A longer schedule begins with the shorter one.
 
     Bucket i is due at the times (k + 1/2) / share_i; the steps take what is due in turn (Sainte-Lague's apportionment).
+    Until a time T it was due floor(T * share_i + 1/2) times, so only what is due about the step's own time is listed:
+    step 10**9 costs what step 0 costs.
     """
-    total = sum(shares)
-    due, bucket = [], []
-    for i, share in enumerate(shares):
-        turns = int(steps * share / total) + len(shares) + 2  # enough that the first ``steps`` are certainly among them
-        due.append((np.arange(turns) + 0.5) / share)
-        bucket.append(np.full(turns, i))
-    in_turn: Ints = np.concatenate(bucket)[np.argsort(np.concatenate(due), kind="stable")]
-    return in_turn[:steps]
+    total, around = sum(shares), len(shares) + 1
+    passed = [max(0, math.floor((step - around) * share / total + 0.5)) for share in shares]
+    coming = [math.floor((step + around) * share / total + 0.5) + 1 for share in shares]
+    due = [((k + 0.5) / share, i) for i, share in enumerate(shares) for k in range(passed[i], coming[i])]
+    return sorted(due)[step - sum(passed)][1]
 
 
 def _mix(*words: int | Ints) -> Words:
