@@ -45,14 +45,8 @@ def split(index: Index, holdout_share: float) -> tuple[Mask, Mask]:
 
     A sample's side depends on its own key alone, so it never changes when samples are added.
     """
-    holdout: Mask = key_hashes(index.key) < np.uint64(min(int(holdout_share * 2.0**64), 2**64 - 1))
+    holdout: Mask = index.key_hash < np.uint64(min(int(holdout_share * 2.0**64), 2**64 - 1))
     return ~holdout, holdout
-
-
-def key_hashes(keys: Sequence[str]) -> Words:
-    """A 64-bit hash of each key: the first eight bytes of its BLAKE2b."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
 def epoch_order(members: Ints, shard_of: Ints, *, seed: int, epoch: int, window_shards: int) -> Ints:

@@ -31,7 +31,6 @@ from data.buckets import (
     bucket_of_step,
     eligible,
     epoch_order,
-    key_hashes,
     split,
     starts,
     stream_seed,
@@ -250,7 +249,7 @@ def holdout_batches(
     shape = shape_of(bucket)
     fits = eligible(index, shape, fps=fps, data=data)
     rows = fits[holdout[fits]]  # (M,)
-    rows = rows[np.argsort(key_hashes([index.key[i] for i in rows]), kind="stable")][:limit]
+    rows = rows[np.argsort(index.key_hash[rows], kind="stable")][:limit]
     rows = np.concatenate([rows, np.full(-len(rows) % world, PADDING)])[rank::world]
     jobs = (
         Job(shape, fps, part, np.full(len(part), 0.5), rank + world * np.arange(at, at + len(part)))
