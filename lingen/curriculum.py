@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lingen.config import BucketConfig, StageConfig
+from lingen.config import BucketConfig, Config, StageConfig
 
 TRAIN_FLOPS = 3  # forward + backward, in forwards; what activation checkpointing computes again is not counted
 
@@ -45,6 +45,15 @@ class Progress:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; ``Progress(**d)`` reads it back."""
         return asdict(self)
+
+
+def up_to(config: Config) -> Config:
+    """``config`` without the stages that come after ``until``."""
+    if config.until is None:
+        return config
+    names = list(config.stages)
+    wanted = names[: names.index(config.until) + 1]
+    return config.model_copy(update={"stages": {name: config.stages[name] for name in wanted}})
 
 
 def learning_rate(stage: StageConfig, stage_samples: int) -> float:

@@ -1,6 +1,6 @@
 """Where the records of a run go: metrics.jsonl always, W&B and the console where they are asked for.
 
-A record is a dict with its ``kind`` ("train", "validation", "transfer"), its stage, and the axes step, samples, tokens,
+A record is a dict with its ``kind`` ("train", "validation", "transfer", "refused", "rollback"), its stage, and the axes step, samples, tokens,
 flops and hours, which run on across stages. metrics.jsonl is the truth; the other sinks read the same records.
 """
 
@@ -65,6 +65,11 @@ class Metrics:
         """Whether such a record was there at the start or was logged since; False on all ranks but 0."""
         return self._file is not None and self._file.has((kind, step, stage, at))
 
+    def rewind(self, step: int) -> None:
+        """Forget the records after ``step``, which will be made anew. W&B cannot, and draws them twice."""
+        if self._file is not None:
+            self._file.rewind(step)
+
     def sync(self) -> None:
         """Force metrics.jsonl to the disk; called with each checkpoint, so that it never lacks a checkpointed step."""
         if self._file is not None:
@@ -117,14 +122,22 @@ class JsonLog:
     """metrics.jsonl: one JSON object a line, flushed with each record."""
 
     def __init__(self, path: Path, resume_step: int, anew: str | None) -> None:
+        self._path = path
+        self._open(resume_step, anew)
+
+    def _open(self, resume_step: int, anew: str | None) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._seen = _rewind(path, resume_step, anew)
-            self._file = path.open("ab")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._seen = _rewind(self._path, resume_step, anew)
+            self._file = self._path.open("ab")
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written ({error.strerror}); set runs_dir to a folder that can"
+                f"{self._path} cannot be written ({error.strerror}); set runs_dir to a folder that can"
             ) from error
+
+    def rewind(self, step: int) -> None:
+        self._file.close()
+        self._open(step, None)
 
     def append(self, record: Record) -> bool:
         """Write the record. False where it is a validation or transfer that is there already."""

@@ -73,7 +73,7 @@ class WandbLog:
         """``train/loss``, ``validation/bucket_loss/17x64x64``, ``validation/bin_loss/0``, ... beside the axes."""
         metrics = {axis: record[axis] for axis in AXES if axis in record}
         for key, value in record.items():
-            if key not in AXES and key != "kind":
+            if key not in (*AXES, "kind", "keys"):  # the samples of a refused step are for metrics.jsonl
                 metrics |= _flatten(f"{record['kind']}/{key}", value)
         if self._alive:
             self._attempt(lambda: self._run.log(metrics))
@@ -192,6 +192,10 @@ def describe(record: Record) -> str:
         bins = " ".join(f"{loss:.3f}" for loss in record["bin_loss"])
         buckets = ", ".join(f"{name} {loss:.4f}" for name, loss in record["bucket_loss"].items())
         return f"{at} | held-out loss {record['loss']:.4f} ({record['at']}); {buckets}; by sigma, low to high: {bins}"
+    if record["kind"] == "refused":
+        return f"{at} | left out: {record['reason']}; its {len(record['keys'])} samples are named in metrics.jsonl"
+    if record["kind"] == "rollback":
+        return f"{at} | WENT BACK to this checkpoint, past {record['skipped']} samples: {record['reason']}"
     came_from = f"from {record['from']}" if record["from"] else "from the start"
     return f"{at} | begins {came_from}, at {_human(record['samples'])} samples and {_human(record['tokens'])} tokens"
 
