@@ -104,42 +104,62 @@ def train_step(
     valid_total, valid = counts[0], int(counts[0]) // dist.sequence
     loss_sum = torch.zeros((), device=device)
     for batch, mask in zip(batches, masks, strict=True):
-        latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
-        drawn = draw(
-            batch.positions.tolist(),
-            tuple(latents.shape[1:]),  # type: ignore[arg-type]
-            seed=seed,
-            samples_seen=samples_seen,
-            shift=shift,
-            flow=flow,
-            device=device,
-        )
-        captions = ["" if drop else text for text, drop in zip(batch.captions, drawn.drop_caption, strict=True)]
-        x = interpolate(latents, drawn.noise, drawn.sigma)
-        velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions))
-        losses = sample_losses(velocity, latents, drawn.noise)  # (B,)
+        losses = batch_losses(networks, batch, seed=seed, samples_seen=samples_seen, shift=shift, flow=flow)  # (B,)
         loss = (losses * mask).sum() / valid_total.clamp(min=1)
         networks.engine.backward(loss)
         loss_sum += loss.detach()
     seen = torch.tensor([0.0, *votes()], device=device)
     seen[0] = loss_sum
     dist.all_reduce_sum(seen)
-    loss, *sums = seen.tolist()
+    mean, *sums = seen.tolist()
     if not valid:
         return StepResult(math.nan, networks.engine.step(lr, lambda norm: True), 0, sums, None)
+    grad_norm, refused = guarded_step(networks.engine, lr, lambda norm: refuse(mean, norm), dist)
+    return StepResult(mean, grad_norm, valid, sums, refused)
+
+
+def batch_losses(
+    networks: Networks, batch: Batch, *, seed: int, samples_seen: int, shift: float, flow: FlowConfig
+) -> torch.Tensor:
+    """The loss (B,) of each sample of a micro-batch, holes included, with the graph behind it."""
+    latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
+    drawn = draw(
+        batch.positions.tolist(),
+        tuple(latents.shape[1:]),  # type: ignore[arg-type]
+        seed=seed,
+        samples_seen=samples_seen,
+        shift=shift,
+        flow=flow,
+        device=networks.device,
+    )
+    captions = ["" if drop else text for text, drop in zip(batch.captions, drawn.drop_caption, strict=True)]
+    x = interpolate(latents, drawn.noise, drawn.sigma)
+    velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions))
+    return sample_losses(velocity, latents, drawn.noise)
+
+
+def guarded_step(
+    engine: Engine, lr: float, refuse: Callable[[float], str | None], dist: Dist
+) -> tuple[float, str | None]:
+    """Step, unless some rank has a reason against this gradient norm. Returns the norm and the reason, or None."""
     reason: str | None = None
 
     def is_refused(norm: float) -> bool:
         nonlocal reason
-        reason = refuse(loss, norm)
+        reason = refuse(norm)
         if dist.any(reason is not None):
             reason = reason or "another rank refused it"
         return reason is not None
 
-    grad_norm = networks.engine.step(lr, is_refused)
-    if not math.isfinite(grad_norm):
-        reason = refuse(loss, grad_norm)  # the engine did not ask
-    return StepResult(loss, grad_norm, valid, sums, reason)
+    norm = engine.step(lr, is_refused)
+    return norm, reason if math.isfinite(norm) else refuse(norm)  # which the engine leaves out without asking
+
+
+def step_keys(batches: list[Batch], dist: Dist) -> list[str]:
+    """The keys of the global batch in its order, from every rank's micro-batches. Collective."""
+    own = [(int(at), key) for batch in batches for at, key in zip(batch.positions, batch.keys, strict=True)]
+    placed = {at: key for part in dist.gather(own) for at, key in part}  # ranks that share samples have the same
+    return [placed[at] for at in sorted(placed)]
 
 
 def raise_lost(lost: str | None, dist: Dist) -> NoReturn:
