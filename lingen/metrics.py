@@ -6,14 +6,17 @@ flops and hours, which run on across stages. metrics.jsonl is the truth; the oth
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lingen.errors import UserError
+from lingen.files import rename, sync
 from lingen.operation_config import LoggerConfig
 from lingen.sinks import ConsoleLog, WandbLog
 
@@ -129,7 +132,7 @@ class JsonLog:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._seen = _rewind(self._path, resume_step, anew)
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab", buffering=0)  # nothing is left to be flushed where the disk is full
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written ({error.strerror}); set runs_dir to a folder that can"
@@ -140,20 +143,32 @@ class JsonLog:
         self._open(step, None)
 
     def append(self, record: Record) -> bool:
-        """Write the record. False where it is a validation or transfer that is there already."""
+        """Write the record. False where it is there already; only training records come once by themselves."""
         if record["kind"] != "train":
             if _identity(record) in self._seen:
                 return False
             self._seen.add(_identity(record))
-        self._file.write(_encode(record))
-        self._file.flush()
+        line = _encode(record)
+        with self._told():
+            if self._file.write(line) < len(line):  # the next start drops the half line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return True
 
     def has(self, identity: tuple[Any, ...]) -> bool:
         return identity in self._seen
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with self._told():
+            os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}); checkpoints are whole: mend it, then run again"
+            ) from error
 
     def close(self) -> None:
         self._file.close()
@@ -172,9 +187,8 @@ def _rewind(path: Path, resume_step: int, anew: str | None) -> set[tuple[Any, ..
                 kept.write(line)
                 if record["kind"] != "train":
                     seen.add(_identity(record))
-        kept.flush()
-        os.fsync(kept.fileno())
-    aside.replace(path)
+        sync(kept)
+    rename(aside, path)
     return seen
 
 

@@ -268,3 +268,30 @@ def test_wandb_breaking_down_does_not_end_the_run(
     metrics.close()
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert capsys.readouterr().out.count("no more records are sent") == 1
+
+
+def test_records_are_taken_back_to_a_step_and_go_on(tmp_path: Path) -> None:
+    metrics = _metrics(tmp_path)
+    for record in (_transfer(0, stage="a", origin=None), _train(1), _validation(1), _train(2), _validation(2)):
+        metrics.log(record)
+    metrics.rewind(1)
+    again = {**_validation(1), "kind": "rollback", "at": "skipped 8"}
+    for record in (again, again, _validation(1), _train(2, loss=7.0)):
+        metrics.log(record)
+    metrics.close()
+    kinds = [(r["kind"], r["step"]) for r in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kinds == [("transfer", 0), ("train", 1), ("validation", 1), ("rollback", 1), ("train", 2)]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss"] == 7.0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    metrics = _metrics(tmp_path)
+    metrics.log(_train(1))
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    assert metrics._file is not None
+    metrics._file._file = (tmp_path / "metrics.jsonl").open("ab", buffering=0)
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(No space left on device\); .*run again"):
+        metrics.log(_train(2))
+    metrics.close()
