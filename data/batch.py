@@ -27,7 +27,8 @@ class Batch:
     """The samples at ``positions`` of one global batch.
 
     A sample that could not be decoded is a *hole*: its ``valid`` is False, its pixels are grey, its caption is empty.
-    It keeps its position, so that every rank stays in step and the loss masks it.
+    It keeps its position, so that every rank stays in step and the loss masks it. A batch is *lost* where a shard could
+    not be read: that says nothing against its samples, so it is no batch of holes, and nobody may train on it.
     """
 
     bucket: Bucket
@@ -36,3 +37,4 @@ class Batch:
     keys: list[str]
     valid: torch.Tensor  # (B,) bool
     positions: torch.Tensor  # (B,) int64, position of each sample in the global batch
+    lost: str | None = None  # the shard that could not be read, and the error

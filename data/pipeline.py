@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from data.batch import Batch, Bucket
 from data.buckets import (
-    Floats,
     Ints,
     Mask,
     bucket_of_step,
@@ -35,64 +31,57 @@ from data.buckets import (
     starts,
     stream_seed,
 )
-from data.decode import BadSample, decode_clip
-from data.shards import Index, read_member
+from data.shards import Index
+from data.workers import PADDING, Hole, Job, decode
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 
-GREY = 128  # pixels of a hole
-# Slurm and Ctrl-C send these to every process of a job; the workers must outlive the step that is saved.
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PADDING = -1  # in the place of a row: a hole that fills up a batch
 SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stage stands: its steps, and for each bucket (by its name, such as "17x64x64") the samples consumed."""
+    """Where a stage stands: its steps, and for each bucket (by its name, such as "17x64x64") the samples consumed.
+
+    ``skipped`` of these, over all buckets, were left out by a rollback: no step of the stage counts them.
+    """
 
     step: int = 0
     consumed: Mapping[str, int] = field(default_factory=dict)
+    skipped: int = 0
+
+    @property
+    def counted(self) -> int:
+        """The samples of the stage's steps so far."""
+        return sum(self.consumed.values()) - self.skipped
 
     def as_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "consumed": dict(self.consumed)}
+        return {"step": self.step, "consumed": dict(self.consumed), "skipped": self.skipped}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Position:
-        return cls(int(state["step"]), {str(key): int(count) for key, count in state["consumed"].items()})
+        consumed = {str(key): int(count) for key, count in state["consumed"].items()}
+        return cls(int(state["step"]), consumed, int(state["skipped"]))
 
     def after(self, bucket: BucketConfig) -> Position:
         """The position when a step of this bucket is done."""
         name = str(bucket)
-        return Position(self.step + 1, {**self.consumed, name: self.consumed.get(name, 0) + bucket.batch_size})
+        consumed = {**self.consumed, name: self.consumed.get(name, 0) + bucket.batch_size}
+        return Position(self.step + 1, consumed, self.skipped)
 
-
-@dataclass(frozen=True)
-class Job:
-    """One micro-batch to decode."""
-
-    bucket: Bucket
-    fps: float
-    rows: Ints  # (B,) of the index
-    starts: Floats  # (B,) where each clip's window lies
-    positions: Ints  # (B,) in the global batch
-
-
-@dataclass(frozen=True)
-class Hole:
-    """A sample that could not be used, and why."""
-
-    key: str
-    reason: str
-    detail: str
+    def past(self, later: Position) -> Position:
+        """This position's steps again, on the data after ``later``: where a rollback goes on."""
+        left_out = sum(later.consumed.values()) - sum(self.consumed.values())
+        return Position(self.step, later.consumed, self.skipped + left_out)
 
 
 class StageLoader:
     """The batches of one stage for one rank, from a position on.
 
     Iterating gives one list per optimizer step: ``grad_accumulation`` micro-batches of one bucket. It ends when the
-    stage's samples are consumed. ``position`` stands after the steps handed out so far, ``bad`` counts this rank's
-    holes by reason since it started; whether they are too many is for the loop to say, which knows all ranks'.
+    stage's samples are consumed, but for those skipped. ``position`` stands after the steps handed out so far, ``bad``
+    counts this rank's holes by reason since it started; whether they are too many is for the loop to say, which knows
+    all ranks'. ``lost`` names the shard that the step handed out last could not read, and why; else it is None.
 
     Args:
         bad_log: every hole is appended to this JSONL file, with the rank put into its name; None writes no log.
@@ -118,6 +107,7 @@ class StageLoader:
         self.rank, self.world, self.grad_accumulation = rank, world, grad_accumulation
         self.position = position or Position()
         self.bad: Counter[str] = Counter()
+        self.lost: str | None = None
         self._bad_log = bad_log
         for bucket in stage.buckets:
             if bucket.batch_size % (world * grad_accumulation):
@@ -138,13 +128,14 @@ class StageLoader:
                 self.bad.update(hole.reason for hole in holes)
                 log_holes(self._bad_log, self.rank, self.position.step, holes)
                 micro_batches.append(batch)
+            self.lost = next((batch.lost for batch in micro_batches if batch.lost), None)
             self.position = self.position.after(stream.bucket)
             yield micro_batches
 
     def _steps(self) -> Iterator[tuple[_Stream, int]]:
         """For each step from the position to the stage's end: its stream, and the first sample number it takes."""
         position, shares = self.position, [bucket.share for bucket in self.stage.buckets]
-        while sum(position.consumed.values()) < self.stage.samples:
+        while position.counted < self.stage.samples:
             stream = self._streams[bucket_of_step(shares, position.step)]
             yield stream, position.consumed.get(str(stream.bucket), 0)
             position = position.after(stream.bucket)
@@ -243,7 +234,8 @@ def holdout_batches(
 
     The window lies in the middle of each clip. ``positions`` are the places in the set; rank r has r, r + W, r + 2W ...
     Every rank gets equally many and equally large batches: where the set does not divide, holes fill it up (their
-    positions go on after the set's last), so that collective calls stay in step. Empty where nothing is held out.
+    positions go on after the set's last), so that collective calls stay in step; a lost batch does not end it either,
+    and who validates must look at ``Batch.lost``. Empty where nothing is held out.
     """
     _, holdout = split(index, data.holdout_share)
     shape = shape_of(bucket)
@@ -259,58 +251,6 @@ def holdout_batches(
     for batch, holes in decode(index, data, jobs):
         log_holes(bad_log, rank, None, holes)
         yield batch
-
-
-def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tuple[Batch, list[Hole]]]:
-    """The jobs' batches, in the order of the jobs, from ``data.workers`` processes. They end with the iterator."""
-    loader = DataLoader(
-        _Decoder(index, data.verify_checksums),
-        batch_size=None,
-        sampler=jobs,
-        num_workers=data.workers,
-        prefetch_factor=data.prefetch if data.workers else None,
-        worker_init_fn=_start_worker,
-    )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # until each worker ignores them
-    try:
-        batches = iter(loader)  # starts the workers
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    yield from batches
-
-
-class _Decoder(Dataset[tuple[Batch, list[Hole]]]):
-    def __init__(self, index: Index, verify: bool) -> None:
-        self.index, self.verify = index, verify
-
-    def __getitem__(self, job: Job) -> tuple[Batch, list[Hole]]:
-        count, shape = len(job.rows), job.bucket
-        pixels = torch.full((count, 3, shape.frames, shape.height, shape.width), GREY, dtype=torch.uint8)
-        valid = torch.zeros(count, dtype=torch.bool)
-        captions, holes = [""] * count, []
-        keys = [self.index.key[row] if row != PADDING else "" for row in job.rows]
-        for n, row in enumerate(job.rows):
-            if row == PADDING:
-                continue
-            try:
-                pixels[n] = self._clip(int(row), job, float(job.starts[n]))  # (3, F, H, W)
-            except BadSample as bad:
-                holes.append(Hole(keys[n], bad.reason, bad.detail))
-                continue
-            captions[n], valid[n] = self.index.caption[row], True
-        return Batch(shape, pixels, captions, keys, valid, torch.from_numpy(job.positions)), holes
-
-    def _clip(self, row: int, job: Job, start: float) -> torch.Tensor:
-        media = read_member(self.index, row, verify=self.verify)
-        shape = job.bucket
-        return decode_clip(media, frames=shape.frames, height=shape.height, width=shape.width, fps=job.fps, start=start)
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    for number in JOB_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
 
 
 def _check_shared_memory(stage: StageConfig, data: DataConfig, parts: int) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tarfile
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +27,8 @@ from lingen.errors import UserError
 from lingen.files import rename, sync, write_file
 
 INDEX = "index.json"
+# Seconds before a read is tried again: a file server may be away for a moment.
+PAUSES = (0.1, 0.4, 1.6)
 PARTIAL_INDEX = "index.partial.json"  # what a run that was stopped had written until then
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -60,6 +64,10 @@ class _IndexFile(BaseModel):
     format: Literal["lingen-shards-1"] = "lingen-shards-1"
     shards: list[_ShardEntry] = []
     samples: _Columns = _Columns()
+
+
+class LostShard(UserError):
+    """A shard that is gone, cut or on a disk that fails, as opposed to one with damaged samples (``BadSample``)."""
 
 
 @dataclass(frozen=True)
@@ -186,19 +194,31 @@ def read_member(index: Index, i: int, *, verify: bool = True) -> bytes:
     """The media of sample ``i``: one read at its offset, checked against its sha256 where ``verify``.
 
     Raises:
-        BadSample: the shard cannot be read there, or its bytes are not those that were written.
+        BadSample: the bytes are not those that were written.
+        LostShard: there are no such bytes, also after some pauses.
     """
-    offset, size = int(index.offset[i]), int(index.bytes[i])
-    try:
-        with index.shard_paths[index.shard[i]].open("rb", buffering=0) as shard:
-            media = os.pread(shard.fileno(), size, offset)
-    except OSError as error:
-        raise BadSample("cannot be read", str(error)) from error
-    if len(media) < size:
-        raise BadSample("cannot be read", f"{len(media)} of {size} bytes")
+    media = _read(index.shard_paths[index.shard[i]], int(index.bytes[i]), int(index.offset[i]))
     if verify and hashlib.sha256(media).hexdigest() != index.sha256[i]:
         raise BadSample("wrong checksum")
     return media
+
+
+def _read(path: Path, size: int, offset: int) -> bytes:
+    problem = ""
+    for attempt, pause in enumerate((0.0, *PAUSES)):
+        if attempt == 1:
+            print(f"{path}: {problem}; trying again for {sum(PAUSES):.1f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        try:
+            with path.open("rb", buffering=0) as shard:
+                media = os.pread(shard.fileno(), size, offset)
+        except OSError as error:
+            problem = error.strerror or str(error)
+            continue
+        if len(media) == size:
+            return media
+        problem = f"it was cut: it ends at byte {offset + len(media)}, inside a sample that ends at {offset + size}"
+    raise LostShard(f"shard {path} cannot be read: {problem}")
 
 
 def write_shards(

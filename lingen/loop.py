@@ -224,7 +224,7 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
         dist=run.dist,
         votes=lambda: [float(run.stop.asked)],
         refuse=lambda loss, norm: None if math.isfinite(loss) and math.isfinite(norm) else "it is not finite",
-        lost=None,
+        lost=state.loader.lost,
     )
     if result.refused:
         raise UserError(

@@ -68,8 +68,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
         pixels.view(-1)[:16] = torch.frombuffer(bytearray(media + struct.pack("<d", start)), dtype=torch.uint8)
         return pixels
 
-    monkeypatch.setattr("data.pipeline.read_member", tell)
-    monkeypatch.setattr("data.pipeline.decode_clip", show)
+    monkeypatch.setattr("data.workers.read_member", tell)
+    monkeypatch.setattr("data.workers.decode_clip", show)
 
 
 def merge(batches: list[Batch]) -> Step:
@@ -168,7 +168,7 @@ def test_no_sample_of_an_epoch_is_lost_or_repeated(tmp_path: Path) -> None:
 def test_the_end_of_an_epoch_costs_what_its_beginning_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 100,000 samples: as many reads, and about the time, until the first batch is there."""
     monkeypatch.undo()
-    monkeypatch.setattr("data.pipeline.decode_clip", lambda media, **shape: torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr("data.workers.decode_clip", lambda media, **shape: torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
     reads, pread = [], os.pread
 
     def counted(*where: Any) -> bytes:

@@ -18,7 +18,7 @@ import torch
 
 from data.batch import Batch, Bucket
 from data.buckets import epoch_order, split, stream_seed
-from data.pipeline import Position, StageLoader, check_buckets, rank_slices
+from data.pipeline import Position, StageLoader, check_buckets, holdout_batches, rank_slices
 from data.shards import Index, load_index, read_member
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
@@ -160,7 +160,7 @@ def test_resuming_far_on_reads_nothing_before(
         reads.append(n)
         return read_member(index, n, **kwargs)
 
-    monkeypatch.setattr("data.pipeline.read_member", counted)
+    monkeypatch.setattr("data.workers.read_member", counted)
     train = check_buckets(index, [make_stage()], data_config())["stage"]["1x8x8"].train
     far = Position(2 * 10**6, {"1x8x8": train * 10**5 - 3, "5x8x8": 7})
     stage = make_stage(samples=10**9)
@@ -240,14 +240,34 @@ def test_a_damaged_sample_is_a_hole(
     assert all(line["reason"] == "wrong checksum" for line in lines)
 
 
-def test_a_shard_that_vanishes_is_holes_not_a_crash(
-    mixed_shards: Path, data_config: MakeConfig, tmp_path: Path
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanishes_is_lost_and_no_hole(
+    mixed_shards: Path, data_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
+    monkeypatch.setattr("data.shards.PAUSES", (0.001,))
     hurt = damage(mixed_shards, tmp_path / "hurt", [])
-    (tmp_path / "hurt" / hurt.shards[0]).unlink()
-    loader = make_loader(hurt, make_stage(samples=200), data_config(max_bad_share=1.0))
-    invalid = sum(int((~batch.valid).sum()) for (batch,) in loader)
-    assert invalid == loader.bad["cannot be read"] > 0
+    shard = tmp_path / "hurt" / hurt.shards[0]
+    shard.rename(tmp_path / "away")
+    loader = make_loader(hurt, make_stage(samples=200), data_config(workers=workers))
+    gone = {key for key, place in zip(hurt.key, hurt.shard, strict=True) if place == 0}
+    problem = f"shard {shard} cannot be read: No such file or directory"
+    seen = set()
+    for (batch,) in loader:
+        assert loader.lost == batch.lost == (problem if gone & set(batch.keys) else None)
+        assert not (batch.lost and batch.valid.any())
+        seen.add(loader.lost)
+    assert seen == {problem, None} and not loader.bad  # nothing is said against the samples
+    bucket = make_stage().buckets[0]
+    held_out = [
+        batch
+        for rank in range(2)
+        for batch in holdout_batches(
+            hurt, bucket, 8.0, data_config(holdout_share=0.5), limit=30, batch_size=5, rank=rank, world=2
+        )
+    ]
+    assert {batch.lost for batch in held_out} == {problem, None} and len(held_out) % 2 == 0
+    (tmp_path / "away").rename(shard)
+    assert not any(batch.lost for (batch,) in make_loader(hurt, make_stage(samples=200), data_config()))
 
 
 def test_workers_end_with_the_loop_and_outlive_signals(index: Index, data_config: MakeConfig) -> None:
@@ -275,8 +295,39 @@ def test_workers_end_with_the_loop_and_outlive_signals(index: Index, data_config
 
 def test_position_is_plain_json_and_counts_steps(index: Index, data_config: MakeConfig) -> None:
     _, position = run_world(index, make_stage(), data_config(), Position(), steps=4)
-    assert position.as_dict() == {"step": 4, "consumed": {"1x8x8": 72, "5x8x8": 12}}
+    assert position.as_dict() == {"step": 4, "consumed": {"1x8x8": 72, "5x8x8": 12}, "skipped": 0}
     assert Position.from_dict(position.as_dict()) == position
+    rolled_back = Position(2, {"1x8x8": 48}).past(position)
+    assert Position.from_dict(json.loads(json.dumps(rolled_back.as_dict()))) == rolled_back
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rollbacks_skip_data_and_no_step(index: Index, data_config: MakeConfig, world: int) -> None:
+    """Each bucket's samples come in their order, but for the skipped; the steps are those of an undisturbed stage."""
+    samples, data = 9 * 24 + 4 * 12, data_config()
+    stage, endless = make_stage(samples=samples), make_stage()
+    undisturbed = [str(batches[0].bucket) for batches in make_loader(index, stage, data)]
+    streams: dict[str, list[Step]] = defaultdict(list)  # what a stage without end would see of each bucket
+    for step in run_world(index, endless, data, Position(), steps=40)[0]:
+        streams["1x8x8" if step[0][0].startswith("image") else "5x8x8"].append(step)
+
+    done: list[Step] = []
+    wanted: list[Step] = []
+    position, left = Position(), {bucket: iter(steps) for bucket, steps in streams.items()}
+    for saved, failed in ((3, 2), (4, 3), (len(undisturbed) - 7, 0)):  # steps until a checkpoint; then, to a rollback
+        trained, saved_at = run_world(index, stage, data, position, steps=saved, world=world)
+        refused, failed_at = run_world(index, stage, data, saved_at, steps=failed, world=world)
+        done += trained
+        position = saved_at.past(failed_at)
+        assert position.step == len(done)
+        assert position.skipped - saved_at.skipped == sum(map(len, refused))
+        names = undisturbed[len(done) - saved : len(done) + failed]
+        steps = [next(left[name]) for name in names]
+        wanted += steps[:saved]
+        assert refused == steps[saved:]
+    assert done == wanted and len(done) == len(undisturbed)
+    assert position.counted == sum(map(len, done)) >= samples and position.skipped > 0
+    assert list(make_loader(index, stage, data, position=position)) == []  # finished
 
 
 def test_batch_size_must_divide(index: Index, data_config: MakeConfig) -> None:

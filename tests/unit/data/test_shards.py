@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from data.decode import BadSample, probe
-from data.shards import Record, load_index, read_member, write_shards
+from data.shards import PAUSES, LostShard, Record, load_index, read_member, write_shards
 from lingen.errors import UserError
 
 
@@ -170,12 +172,44 @@ def test_a_flipped_byte_is_found(folder: Path) -> None:
     assert read_member(index, 1) == make_record(1).media
 
 
-def test_a_shard_cut_while_it_is_used(folder: Path) -> None:
+def test_a_shard_cut_while_it_is_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.shards.PAUSES", (0.001, 0.002))
     index = load_index(folder)
     shard = folder / index.shards[2]
-    shard.write_bytes(shard.read_bytes()[: int(index.offset[9]) + 10])
-    with pytest.raises(BadSample, match="cannot be read"):
+    start, end = int(index.offset[9]), int(index.offset[9] + index.bytes[9])
+    shard.write_bytes(shard.read_bytes()[: start + 10])
+    with pytest.raises(LostShard, match=rf"{shard.name} .* ends at byte {start + 10}, inside .* at {end}"):
         read_member(index, 9)
+    assert capsys.readouterr().err.count("trying again") == 1
+
+
+def test_a_shard_that_comes_back_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = load_index(folder)
+    shard = folder / index.shards[0]
+    shard.rename(folder / "away")
+    paused: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 3:
+            (folder / "away").rename(shard)
+
+    monkeypatch.setattr("data.shards.time.sleep", sleep)
+    assert read_member(index, 1) == make_record(1).media
+    assert paused == [0.0, *PAUSES[:2]] and 2 <= sum(PAUSES) <= 3
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_an_error_of_the_disk_is_no_bad_sample(folder: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("data.shards.PAUSES", (0.001,))
+    monkeypatch.setattr("data.shards.os.pread", fail)
+    with pytest.raises(LostShard, match=os.strerror(error)):
+        read_member(load_index(folder), 0)
 
 
 def test_members_are_plain_tar(folder: Path) -> None:
