@@ -178,9 +178,7 @@ def test_the_rings_take_each_engine_to_each_other() -> None:
 @pytest.mark.parametrize("ring", RINGS)
 def test_losses_go_on_as_they_would_have(out: Path, ring: int) -> None:
     legs = [json.loads((out / f"leg{leg}.json").read_text())[str(ring)] for leg in range(len(LEGS))]
-    ours = torch.tensor(
-        [step for leg in legs for step in leg], dtype=torch.float64
-    )  # (TOTAL, 2) losses and gradient norms
+    ours = torch.tensor([step for leg in legs for step in leg], dtype=torch.float64)  # (TOTAL, 2)
     theirs = torch.tensor(json.loads((out / "reference.json").read_text()), dtype=torch.float64)
     assert ours.shape == theirs.shape == (TOTAL, 2)
     assert float(((ours - theirs).abs() / theirs.abs()).max()) < 1e-5
