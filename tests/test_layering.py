@@ -17,7 +17,7 @@ import pytest
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
      "lingen.compose"),
-    ("lingen.curriculum", "lingen.dist", "lingen.lease", "lingen.output", "lingen.runfolder"),
+    ("lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output", "lingen.runfolder"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
     ("lingen.autoencoder", "lingen.text"),
