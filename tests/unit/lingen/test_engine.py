@@ -126,6 +126,22 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype: str) -> None:
     assert math.isfinite(engine.step(1e-2)) and engine.steps == 2
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_refused_step_leaves_no_trace(dtype: str) -> None:
+    engine, spared = make(dtype, accumulation=2), make(dtype, accumulation=2)
+    assert run(engine, 3, parts=2) == run(spared, 3, parts=2)
+    asked: list[float] = []
+    for _ in range(2):
+        engine.backward(1e4 * squares(engine.model, 1))
+    norm = engine.step(1e-2, lambda norm: bool(asked.append(norm) or True))
+    assert asked == [norm] and norm > 1e2
+    assert engine.steps == spared.steps == 3
+    for f, other in zip(engine.fragments(), spared.fragments(), strict=True):
+        for name in ("master", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(getattr(f, name), getattr(other, name))
+    assert run(engine, 3, parts=2) == run(spared, 3, parts=2)  # nor in the gradients
+
+
 def test_what_is_written_into_fragments_is_trained_on() -> None:
     engine = make("bf16")
     for f in engine.fragments():
