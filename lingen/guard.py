@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from typing import Any
 
-from lingen.config import GuardConfig
+from lingen.operation_config import GuardConfig
 
 # Of the mean loss, and of the norm (its logarithm, so a share too): scatter below that counts as that much.
 SMALLEST_DEVIATION = 1e-3

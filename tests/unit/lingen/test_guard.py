@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from lingen.config import GuardConfig
 from lingen.guard import Guard
+from lingen.operation_config import GuardConfig
 
 BOTH = GuardConfig(loss_deviations=6, grad_deviations=6, window=20)
 BUCKET = "17x64x64"
