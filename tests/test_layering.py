@@ -17,7 +17,8 @@ import pytest
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
      "lingen.compose"),
-    ("lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output", "lingen.runfolder"),
+    ("lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output", "lingen.runfolder",
+     "lingen.watchdog"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
     ("lingen.autoencoder", "lingen.text"),
@@ -27,7 +28,7 @@ ROWS = (
     ("lingen.sampling",),
     ("lingen.begin", "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step",
      "lingen.validation"),
-    ("lingen.bench", "lingen.comparison"),
+    ("lingen.bench", "lingen.cluster", "lingen.comparison"),
     ("scripts", "train"),
 )
 # Rooms that see less than the rows above them.
