@@ -44,6 +44,36 @@ def compose(overrides: list[str]) -> Config:
     return validate(Config, _with_stages(tree, overrides))
 
 
+def compose_file(schema: type[Schema], group: str, choice: str, words: list[str]) -> Schema:
+    """One file of a group that is no part of a run, with its ``GROUP.KEY=VALUE`` words, whose values are YAML.
+
+    Raises:
+        UserError: as ``compose``.
+    """
+    choices = [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
+    if choice not in choices:
+        raise UserError(f"{group}={choice} does not exist in conf/{group}{nearest(choice, choices)}")
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = hydra_compose(f"{group}/{choice}")
+        OmegaConf.set_struct(composed, False)
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals:
+                raise UserError(f"'{word}' is not key=value")
+            *path, last = key.split(".")
+            section = _schema_at(schema, tuple(path))
+            field = section.model_fields.get(last) if section else None
+            is_text = field is not None and (field.annotation is str or _is_optional_text(field.annotation, value))
+            OmegaConf.update(composed, key, value if is_text else yaml.safe_load(value), force_add=True)
+        tree = _tree(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"one of {' '.join(words)} cannot be applied: {error}") from error
+    return validate(schema, tree)
+
+
 def _with_stages(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Put ``stage``, where it is given, in the place of the curriculum's ``stages``."""
     stage = tree.pop("stage")
@@ -96,6 +126,8 @@ def _forced(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or re.fullmatch(r"[A-Za-z_][\w.]*", key) is None:
         return override
+    if key == "cluster":
+        raise UserError(f"{override} is for slurm/launch.py; train.py runs where it is started")
     if (CONF_DIR / key).is_dir():
         choices = [path.stem for path in (CONF_DIR / key).glob("*.yaml")]
         if value not in choices and not (value == "null" and key in OPTIONAL):
@@ -104,11 +136,15 @@ def _forced(override: str) -> str:
     path = key.split(".")
     section = _schema_at(Config, tuple(path[:-1]))
     annotation = section.model_fields[path[-1]].annotation if section and path[-1] in section.model_fields else None
-    is_text = annotation is str or (annotation == (str | None) and value != "null")
+    is_text = annotation is str or _is_optional_text(annotation, value)
     if is_text and not value.startswith(("'", '"')):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         value = f"'{escaped}'"
     return f"++{key}={value}"
+
+
+def _is_optional_text(annotation: Any, value: str) -> bool:
+    return bool(annotation == (str | None)) and value != "null"
 
 
 def _tree(composed: DictConfig) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 EXIT_BAD_INPUT = 2
 
@@ -28,12 +30,29 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's main. A ``UserError`` becomes one line on stderr and exit code 2."""
+    """Run a script's main. A ``UserError`` becomes one line on stderr and exit code 2; the line goes into the file that
+    LINGEN_REASON names too, where a job's script does so."""
     try:
         code = main()
     except UserError as error:
         rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else None)
         if rank in (None, "0") or isinstance(error, LocalError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            reason = " ".join(str(error).split())
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            _leave_reason(reason)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
+
+
+def _leave_reason(reason: str) -> None:
+    """For whoever decides whether to start again: with several ranks, ``srun``'s exit code alone does not tell."""
+    named = os.environ.get("LINGEN_REASON")
+    if named is None:
+        return
+    path = Path(named)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        aside.write_text(f"{reason}\n")
+        aside.replace(path)
+    except OSError as error:
+        print(f"LINGEN_REASON={named} cannot be written: {error.strerror}", file=sys.stderr, flush=True)

@@ -178,6 +178,21 @@ def ways_out(config: Config, world: int) -> str:
 def print_plan(config: Config, plan: Plan) -> None:
     """The plan as a table on stdout."""
     console = Console() if sys.stdout.isatty() else Console(width=140)
+    print_training(console, config, plan)
+    console.print(f"memory of each rank, {plan.world} in all, device {plan.device}:")
+    for stage in plan.stages:
+        if stage.memory is not None:
+            console.print(f"  {stage.stage.name}: {in_gb(stage.memory)} at {stage.largest.bucket}", soft_wrap=True)
+    if plan.unknown:
+        console.print(f"  not predicted: {plan.unknown}", soft_wrap=True, markup=False)
+    for stage in plan.stages:
+        for b in stage.buckets:
+            if not b.train_samples:
+                console.print(f"empty bucket: stages.{stage.stage.name} {b.bucket}: no sample can fill it")
+
+
+def print_training(console: Console, config: Config, plan: Plan) -> None:
+    """The part of the plan that does not depend on the machine: what is trained, and what it costs."""
     console.print(
         f"[bold]{config.name}[/bold]: {config.model.name} {config.size.name}, {config.depth} layers of width "
         f"{config.size.d_model}, {plan.parameters:,} parameters"
@@ -208,13 +223,3 @@ def print_plan(config: Config, plan: Plan) -> None:
         f"total: {sum(s.steps for s in plan.stages):,} steps, {sum(s.tokens for s in plan.stages):,} tokens, "
         f"{sum(s.flops for s in plan.stages) / 1e15:.4g} PFLOPs of training (3x forward)"
     )
-    console.print(f"memory of each rank, {plan.world} in all, device {plan.device}:")
-    for stage in plan.stages:
-        if stage.memory is not None:
-            console.print(f"  {stage.stage.name}: {in_gb(stage.memory)} at {stage.largest.bucket}", soft_wrap=True)
-    if plan.unknown:
-        console.print(f"  not predicted: {plan.unknown}", soft_wrap=True, markup=False)
-    for stage in plan.stages:
-        for b in stage.buckets:
-            if not b.train_samples:
-                console.print(f"empty bucket: stages.{stage.stage.name} {b.bucket}: no sample can fill it")

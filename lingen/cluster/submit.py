@@ -1,0 +1,178 @@
+"""Submitting chains: all of what is missing, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from lingen.autoencoder import load_autoencoder
+from lingen.cluster import slurm
+from lingen.cluster.checks import (
+    PlannedJob,
+    problems,
+    refuse_other_writer,
+    refuse_run_folder,
+    refuse_slurm,
+    stages_done,
+)
+from lingen.cluster.record import (
+    ChainRecord,
+    SubmittedStage,
+    chain_folder,
+    read_chain,
+    read_stage,
+    write_chain,
+)
+from lingen.cluster.request import Chain
+from lingen.cluster.slurm import QueuedJob
+from lingen.errors import UserError
+from lingen.runfolder import write_aside
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is left of a chain."""
+
+    chain: Chain
+    finished: list[str]
+    kept: list[SubmittedStage]  # still in the queue
+    stale: list[int]  # jobs that wait for one which is gone
+    missing: list[PlannedJob]
+
+    @property
+    def after(self) -> int | None:
+        """The job that the first missing one waits for."""
+        return self.kept[-1].job if self.kept else None
+
+
+def launch(planned: list[list[PlannedJob]]) -> None:
+    """Check everything, then submit what is missing of each chain.
+
+    Raises:
+        UserError: something is wrong; nothing was submitted, or what was is cancelled again.
+    """
+    slurm.require("sbatch", "squeue", "sinfo", "scontrol", "scancel")
+    todo = [_look(jobs) for jobs in planned]
+    missing = [each for one in todo for each in one.missing]
+    for one in todo:
+        _say_what_is_there(one)
+    if not missing:
+        print("nothing to submit")
+        return
+    for one in todo:
+        refuse_run_folder(one.chain)
+        refuse_other_writer(one.chain.run, {str(stage.job) for stage in one.kept})
+    for problem in problems([one.missing for one in todo]):
+        raise UserError(problem)
+    load_autoencoder(missing[0].job.config.autoencoder, torch.device("cpu"))
+    refuse_slurm(missing)
+    _submit([one for one in todo if one.missing])
+
+
+def _look(planned: list[PlannedJob]) -> Todo:
+    """What of a chain is finished, in the queue, or missing.
+
+    Raises:
+        UserError: what is in the queue is not what is asked for now.
+    """
+    chain = planned[0].chain
+    done = stages_done(chain)
+    record = read_chain(chain.run)
+    before = {stage.stage: stage for stage in record.stages} if record else {}
+    queued = slurm.queue(stage.job for stage in before.values())
+    active = {name: stage for name, stage in before.items() if _is_active(chain, stage, queued)}
+    kept: list[SubmittedStage] = []
+    missing: list[PlannedJob] = []
+    stale: list[int] = []
+    for each in planned[done:]:
+        there = active.get(each.job.stage)
+        if there is None:
+            missing.append(each)
+            continue
+        if missing:
+            state = queued[there.job].state
+            if state != "PENDING":
+                raise UserError(
+                    f"job {there.job} ({each.job.stage}) is {state}, and {missing[0].job.stage} before it is neither "
+                    f"finished nor in the queue; slurm/launch.py cancel name={chain.config.name} first"
+                )
+            stale.append(there.job)
+            missing.append(each)
+            continue
+        script = chain_folder(chain.run) / f"{each.job.stage}.sbatch"
+        if not script.is_file() or script.read_text() != each.script:
+            raise UserError(
+                f"job {there.job} ({each.job.stage}) is in the queue with another script than now ({script}); "
+                f"slurm/launch.py cancel name={chain.config.name} first, or launch with the words it had"
+            )
+        kept.append(there)
+    return Todo(chain, [each.job.stage for each in planned[:done]], kept, stale, missing)
+
+
+def _is_active(chain: Chain, stage: SubmittedStage, queued: dict[int, QueuedJob]) -> bool:
+    """In the queue, and not only because it is being tidied up after its end."""
+    if stage.job not in queued:
+        return False
+    record = read_stage(chain.run, stage.stage, stage.job)
+    ended = record is not None and record.state in ("stopped", "cancelled", "finished")
+    return not (queued[stage.job].state == "COMPLETING" and (ended or stage.cancelled))
+
+
+def _say_what_is_there(todo: Todo) -> None:
+    name = todo.chain.config.name
+    for stage in todo.finished:
+        print(f"{name}: {stage} is finished")
+    for kept in todo.kept:
+        print(f"{name}: {kept.stage} is in the queue, job {kept.job}")
+
+
+def _submit(todo: list[Todo]) -> None:
+    """All or nothing: where one is refused, those before it are cancelled."""
+    submitted: list[int] = []
+    try:
+        for one in todo:
+            jobs = _submit_chain(one, submitted)
+            write_chain(one.chain.run, _record(one, jobs))
+        slurm.cancel(job for one in todo for job in one.stale)
+    except BaseException as error:
+        if submitted:
+            slurm.cancel(submitted)
+            note = f"the {len(submitted)} jobs submitted before it were cancelled"
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; {note}") from error
+            print(note)
+        raise
+    names = " ".join(sorted({one.chain.config.name for one in todo}))
+    print(f"look at it: python slurm/launch.py status name={names.split()[0]}")
+
+
+def _submit_chain(todo: Todo, submitted: list[int]) -> list[SubmittedStage]:
+    after, jobs = todo.after, []
+    for each in todo.missing:
+        script = chain_folder(todo.chain.run) / f"{each.job.stage}.sbatch"
+        write_aside(script, each.script)
+        job = slurm.submit(script, after)
+        submitted.append(job)
+        jobs.append(SubmittedStage(each.job.stage, job, datetime.now(UTC).isoformat(timespec="seconds")))
+        print(f"{todo.chain.config.name}: {each.job.stage} is job {job}{f', after {after}' if after else ''}")
+        after = job
+    return jobs
+
+
+def _record(todo: Todo, jobs: list[SubmittedStage]) -> ChainRecord:
+    """The chain with what was submitted now in the place of what was before."""
+    chain = todo.chain
+    there = read_chain(chain.run)
+    now = {stage.stage: stage for stage in [*(there.stages if there else []), *jobs]}
+    order = [name for name in now if name not in chain.config.stages] + [n for n in chain.config.stages if n in now]
+    return ChainRecord(
+        name=chain.config.name,
+        model=chain.config.model.name,
+        words=chain.words,
+        cluster=chain.cluster.model_dump(mode="json"),
+        folder=str(Path.cwd()),
+        stages=[now[name] for name in order],
+    )
