@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or invisible: save, find the newest whole one, load into any engine, export, prune.
+"""Checkpoints on the disk: find the newest whole one, load it into any engine, export it, let old ones go.
 
-A save writes into a hidden folder, makes every file last, writes the manifest, and appears by one rename. Nothing is
-pickled, and nothing depends on the number of ranks or the ZeRO level that wrote it. ``lingen.manifest`` says what a
-folder must hold, ``lingen.shardfiles`` how the tensors lie in it.
+``lingen.saver`` writes them: in a hidden folder that appears by one rename. Nothing is pickled, and nothing depends on
+the number of ranks or the ZeRO level that wrote it. ``lingen.manifest`` says what a folder must hold,
+``lingen.shardfiles`` how the tensors lie in it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lingen.config import CarryConfig
@@ -25,18 +24,19 @@ from lingen.dist import Dist
 from lingen.ema import Ema
 from lingen.engine import Engine
 from lingen.errors import UserError
+from lingen.files import rename, sync_path, write_file
 from lingen.manifest import (
     MANIFEST,
     STATE,
-    FileEntry,
     Manifest,
+    parse_manifest,
     problem_with,
     read_manifest,
     shard_paths,
     step_folders,
     step_of,
 )
-from lingen.shardfiles import Damaged, ShardReader, sha256, sync, write_shard, write_synced
+from lingen.shardfiles import Damaged, ShardReader
 
 RESUME = CarryConfig(weights="model", ema="carry", optimizer="carry")  # go on exactly where the checkpoint was taken
 SAVING, REPLACED, PRUNED = ".saving_", ".replaced_", ".pruned_"  # prefixes of folders that are not checkpoints
@@ -50,7 +50,7 @@ class Checkpoint:
 
     folder: Path
     manifest: Manifest
-    progress: dict[str, Any]  # what the loop gave to ``save``
+    progress: dict[str, Any]  # what the loop gave to ``Saver.start``
 
     @property
     def shards(self) -> list[Path]:
@@ -71,45 +71,16 @@ def save(
     ema: Ema,
     dist: Dist,
 ) -> Path:
-    """Write stage_dir/step_XXXXXXXX; it replaces one of the same step. Collective.
+    """TEMPORARY, until the loop uses Saver."""
+    from lingen.saver import Saver
 
-    Raises:
-        UserError: some rank could not write (on all ranks). Nothing that was there before is touched then.
-    """
-    folder = stage_dir / f"step_{step:08d}"
-    aside = stage_dir / f"{SAVING}{folder.name}"
-    shard = aside / f"rank_{dist.rank:05d}.safetensors"
-
-    def prepare() -> None:
-        if dist.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-
-    def publish() -> None:
-        if dist.rank == 0:
-            write_synced(aside / STATE, json.dumps(progress, indent=1))
-            files = {f"rank_{rank:05d}.safetensors": entry for rank, entry in enumerate(entries)}
-            files[STATE] = {"size": (aside / STATE).stat().st_size, "sha256": sha256(aside / STATE)}
-            manifest = Manifest(
-                stage=stage_dir.name,
-                step=step,
-                samples=samples,
-                tokens=tokens,
-                final=final,
-                world_size=dist.world,
-                zero_stage=engine.zero_stage,
-                adam_steps=engine.steps,
-                architecture=architecture,
-                files={name: FileEntry(**entry) for name, entry in files.items()},
-                complete=True,
-            )
-            write_synced(aside / MANIFEST, manifest.sealed().model_dump_json(indent=1))
-            sync(aside)
-            _swap_in(aside, folder)
-
-    _together(dist, aside, folder, prepare)
-    entries = _together(dist, aside, folder, lambda: write_shard(shard, engine.fragments(), ema))
-    _together(dist, aside, folder, publish)
+    saver = Saver(dist, writers=0, may_publish=lambda: None)
+    saver.start(
+        stage_dir, step=step, samples=samples, tokens=tokens, progress=progress, architecture=architecture,
+        final=final, kept=False, keep_last=10**9, engine=engine, ema=ema,
+    )  # fmt: skip
+    folder = saver.finish()
+    assert folder is not None
     return folder
 
 
@@ -119,7 +90,8 @@ def latest(stage_dir: Path, dist: Dist) -> Checkpoint | None:
     The ranks share the work of checking the files. A damaged checkpoint is skipped with a warning.
 
     Raises:
-        UserError: there are checkpoints, but none is whole: a restart from zero would be silent loss.
+        UserError: there are checkpoints, but none is whole: a restart from zero would be silent loss; or the newest is
+            of another schema: to go on from an older one would in time overwrite it.
     """
     names: list[str] = dist.gather([folder.name for folder in step_folders(stage_dir)])[0]
     problems = []
@@ -129,7 +101,7 @@ def latest(stage_dir: Path, dist: Dist) -> Checkpoint | None:
             return _read(stage_dir / name)
         problems.append(f"{name}: {problem}")
         if dist.rank == 0:
-            log.warning("CHECKPOINT DAMAGED, trying the one before: %s: %s", stage_dir / name, problem)
+            _warn_of_damage(stage_dir / name, problem)
     if problems:
         raise UserError(
             f"{stage_dir} has checkpoints but none can be loaded ({'; '.join(problems)}); "
@@ -204,46 +176,58 @@ def assemble(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 def export(folder: Path, out_dir: Path, config: dict[str, Any]) -> None:
     """Write a checkpoint's EMA weights as out_dir/model.safetensors beside the config.yaml that rebuilds the model."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    config_aside, weights_aside = out_dir / ".config.yaml.tmp", out_dir / ".model.safetensors.tmp"
-    write_synced(config_aside, yaml.safe_dump(config, sort_keys=False))
-    save_file(assemble(folder, "ema"), weights_aside)
-    sync(weights_aside)
-    config_aside.replace(out_dir / "config.yaml")
-    weights_aside.replace(out_dir / "model.safetensors")
-    sync(out_dir)
+    write_file(out_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    aside = out_dir / ".model.safetensors.tmp"
+    save_file(assemble(folder, "ema"), aside)
+    sync_path(aside)
+    rename(aside, out_dir / "model.safetensors")
 
 
 def prune(saved: Path, keep_last: int) -> None:
-    """Remove all but ``saved``, the ``keep_last`` - 1 whole checkpoints before it, and the stage's final one.
+    """Remove what is older than the ``keep_last`` newest whole checkpoints up to ``saved``, but for those ``kept``.
 
-    What is further than ``saved`` was passed over as damaged, and stays as evidence. For rank 0 alone.
+    What is further than ``saved`` was passed over as damaged, and stays as evidence, as does what cannot be read. A
+    checkpoint that cannot be removed costs room and a warning, not the run. For rank 0 alone.
     """
-    stage_dir, whole = saved.parent, []
-    for folder in step_folders(stage_dir):
-        if step_of(folder) > step_of(saved):
-            continue
-        try:
-            whole.append((folder, read_manifest(folder).final))
-        except Damaged:
-            continue  # evidence for a person; it does not count as kept
-    for folder, final in whole[: max(0, len(whole) - keep_last)]:
-        if not final:
-            doomed = stage_dir / f"{PRUNED}{folder.name}"
-            folder.rename(doomed)  # gone at once, so that a crash leaves no half of it
-            shutil.rmtree(doomed)
+    stage_dir, whole = saved.parent, 0
+    doomed = list(stage_dir.glob(f"{PRUNED}*"))  # that an earlier call could not remove
+    try:
+        for folder in reversed(step_folders(stage_dir)):
+            if step_of(folder) > step_of(saved):
+                continue
+            try:
+                if whole < keep_last:
+                    read_manifest(folder)
+                    whole += 1
+                elif not parse_manifest(folder).kept:  # without a look at the files of all that are kept for good
+                    hidden = stage_dir / f"{PRUNED}{folder.name}"
+                    folder.rename(hidden)  # gone at once, so that a crash leaves no half of it
+                    doomed.append(hidden)
+            except (Damaged, UserError):
+                continue  # for a person to look at
+        for path in doomed:
+            shutil.rmtree(path)
+    except OSError as error:
+        log.warning("a checkpoint that is not kept could not be removed, and takes room: %s", error)
 
 
 def sweep(stage_dir: Path, dist: Dist) -> None:
-    """Clear away what a killed process left behind, before ``latest`` looks. Collective, at the start of a run."""
-    if dist.rank == 0:
-        for path in sorted(stage_dir.glob(f"{REPLACED}*")):
+    """Clear away what a killed process left behind, before ``latest`` looks. Collective, at the start of a run.
+
+    Raises:
+        UserError: it cannot be removed (on all ranks).
+    """
+
+    def clear() -> None:
+        for path in sorted(stage_dir.glob(f"{REPLACED}*")) if dist.rank == 0 else ():
             original = stage_dir / path.name.removeprefix(REPLACED)
             if not original.exists():
                 path.rename(original)  # killed between the two renames of a replacement
-        for prefix in (SAVING, REPLACED, PRUNED):
+        for prefix in (SAVING, REPLACED, PRUNED) if dist.rank == 0 else ():
             for path in stage_dir.glob(f"{prefix}*"):
                 shutil.rmtree(path)
-    dist.barrier()
+
+    dist.together(clear)
 
 
 def refuse_other_architecture(checkpoint: Checkpoint, architecture: dict[str, Any]) -> None:
@@ -266,33 +250,32 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, read_manifest(folder), json.loads((folder / STATE).read_text()))
 
 
+def _warn_of_damage(folder: Path, problem: str) -> None:
+    """On stderr whatever logs say, and wide enough to be seen among them."""
+    text = f"""
+{"!" * 100}
+!!! CHECKPOINT DAMAGED: {folder}
+!!! {problem}
+!!! The one before it is tried. What was trained after that is trained again.
+{"!" * 100}"""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _check_together(folder: Path, dist: Dist) -> str | None:
-    return next((p for p in dist.gather(problem_with(folder, dist.rank, dist.world)) if p), None)
+    problem = dist.together(lambda: problem_with(folder, dist.rank, dist.world))
+    return next((p for p in dist.gather(problem) if p), None)
 
 
-def _together(dist: Dist, aside: Path, folder: Path, action: Callable[[], Any]) -> list[Any]:
-    """What ``action`` returned on every rank, once all are done; where one failed, all fail and the rest is removed."""
-    value, error = None, None
-    try:
-        value = action()
-    except (OSError, SafetensorError) as failure:
-        error = f"rank {dist.rank}: {failure}"
-    outcomes = dist.gather([value, error])
-    errors = [e for _, e in outcomes if e]
-    if errors:
-        if dist.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        dist.barrier()
-        raise UserError(f"{folder} could not be written ({'; '.join(errors)}); earlier checkpoints are untouched")
-    return [v for v, _ in outcomes]
-
-
-def _swap_in(aside: Path, folder: Path) -> None:
-    """Make ``aside`` appear as ``folder``; ``sweep`` undoes a half-done replacement."""
+def swap_in(aside: Path, folder: Path) -> None:
+    """Make ``aside`` appear as ``folder``, in place of what may be there; ``sweep`` mends a half-done replacement."""
     replaced = folder.with_name(f"{REPLACED}{folder.name}")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-    aside.rename(folder)
-    sync(folder.parent)
+    try:
+        rename(aside, folder)
+    except OSError:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)

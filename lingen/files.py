@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import IO
@@ -23,10 +24,21 @@ def sync(stream: IO[bytes]) -> None:
 
 
 def rename(path: Path, to: Path) -> None:
-    """Rename a file within its folder, and make the folder remember it."""
+    """Rename a file or folder within its folder, and make the folder remember it."""
     path.replace(to)
-    folder = os.open(to.parent, os.O_RDONLY)
+    sync_path(to.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

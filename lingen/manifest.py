@@ -6,16 +6,19 @@ STAGE_DIR/step_00000123/{rank_00000.safetensors, ..., state.json, manifest.json}
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from lingen.shardfiles import Damaged, ShardReader, sha256
+from lingen.errors import UserError
+from lingen.files import sha256
+from lingen.shardfiles import Damaged, ShardReader
 
 MANIFEST, STATE = "manifest.json", "state.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 class FileEntry(BaseModel):
@@ -35,7 +38,8 @@ class Manifest(BaseModel):
     step: int
     samples: int
     tokens: int
-    final: bool  # the stage ended here; never pruned
+    final: bool  # the stage ended here
+    kept: bool  # never pruned: the stage's end, or one that is kept for good
     world_size: int
     zero_stage: int
     adam_steps: int
@@ -51,7 +55,11 @@ class Manifest(BaseModel):
 
 
 def problem_with(folder: Path, rank: int = 0, world: int = 1) -> str | None:
-    """Why ``folder`` is not a whole checkpoint, or None; each rank checks its share of the files' sha256."""
+    """Why ``folder`` is not a whole checkpoint, or None; each rank checks its share of the files' sha256.
+
+    Raises:
+        UserError: it is of another schema than ours.
+    """
     try:
         manifest = read_manifest(folder)
         for number, (name, entry) in enumerate(sorted(manifest.files.items())):
@@ -71,26 +79,45 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         Damaged: it is missing or not whole.
+        UserError: it is of another schema than ours.
     """
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise Damaged(f"no {MANIFEST}") from error
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read") from error
-    if manifest.schema_version != SCHEMA or not manifest.complete:
-        raise Damaged(f"{MANIFEST} is of schema {manifest.schema_version}, complete={manifest.complete}")
-    expected = {STATE} | {f"rank_{rank:05d}.safetensors" for rank in range(manifest.world_size)}
-    if manifest.files.keys() != expected:
-        raise Damaged(f"{MANIFEST} does not list the files of {manifest.world_size} ranks")
-    if manifest != manifest.sealed():
-        raise Damaged(f"{MANIFEST} was changed")
+    manifest = parse_manifest(folder)
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{name} is missing")
         if path.stat().st_size != entry.size:
             raise Damaged(f"{name} has {path.stat().st_size} bytes, not {entry.size}")
+    return manifest
+
+
+def parse_manifest(folder: Path) -> Manifest:
+    """What the manifest says, whatever became of its files.
+
+    Raises:
+        Damaged: it is missing or not whole.
+        UserError: it is of another schema than ours. That is no damage: an older checkpoint must not take its place.
+    """
+    try:
+        text = (folder / MANIFEST).read_text()
+        content = json.loads(text)
+        if isinstance(content, dict) and content.get("schema_version", SCHEMA) != SCHEMA:
+            raise UserError(
+                f"{folder / MANIFEST} is of schema {content['schema_version']}, and this version of the code knows "
+                f"schema {SCHEMA}; go on with the version that wrote it, or begin a new run"
+            )
+        manifest = Manifest.model_validate_json(text)
+    except FileNotFoundError as error:
+        raise Damaged(f"no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read") from error
+    if not manifest.complete:
+        raise Damaged(f"{MANIFEST} says complete=False")
+    expected = {STATE} | {f"rank_{rank:05d}.safetensors" for rank in range(manifest.world_size)}
+    if manifest.files.keys() != expected:
+        raise Damaged(f"{MANIFEST} does not list the files of {manifest.world_size} ranks")
+    if manifest != manifest.sealed():
+        raise Damaged(f"{MANIFEST} was changed")
     return manifest
 
 

@@ -6,9 +6,13 @@ say for each parameter its whole shape and where the piece starts. Pieces of all
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -18,51 +22,108 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lingen.ema import Ema
 from lingen.engine import Fragment
+from lingen.files import sha256
 
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
+CHUNK = 16 * 2**20  # bytes that are written at once
+
+log = logging.getLogger(__name__)
 
 
 class Damaged(Exception):
     """A checkpoint is not what its manifest or its layout says; the message tells what is wrong."""
 
 
-def write_shard(path: Path, fragments: list[Fragment], ema: Ema) -> dict[str, Any]:
-    """Write this rank's fragments and make them last. Returns the file's size and sha256."""
-    tensors: dict[str, torch.Tensor] = {}
-    for f in fragments:
-        parts = (f.master, ema.averages[f.name], f.exp_avg, f.exp_avg_sq)
-        for kind, part in zip(KINDS, parts, strict=True):
-            # A copy, since safetensors refuses views that share one flat memory.
-            tensors[f"{kind}/{f.name}"] = part.detach().to("cpu", copy=True)
-    layout = {f.name: {"shape": list(f.shape), "start": f.start} for f in fragments}
-    save_file(tensors, path, metadata={"layout": json.dumps(layout)})
-    sync(path)
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's fragments at one moment, as its file will hold them. The optimizer may go on."""
+
+    pieces: list[tuple[str, tuple[int, ...], int, int]]  # parameter, whole shape, start of the piece, its elements
+    body: torch.Tensor  # (4 * elements,) fp32 on the CPU: piece after piece, of each its ``KINDS``
+
+    def head(self) -> bytes:
+        """What stands before the body in a safetensors file."""
+        layout = {name: {"shape": list(shape), "start": start} for name, shape, start, _ in self.pieces}
+        entries: dict[str, Any] = {"__metadata__": {"layout": json.dumps(layout)}}
+        end = 0
+        for name, _, _, length in self.pieces:
+            for kind in KINDS:
+                begin, end = end, end + length * self.body.itemsize
+                entries[f"{kind}/{name}"] = {"dtype": "F32", "shape": [length], "data_offsets": [begin, end]}
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+        return len(text).to_bytes(8, "little") + text
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file and make it last."""
-    path.write_text(text)
-    sync(path)
+class Recorder:
+    """Takes snapshots into memory that it keeps: 16 bytes for each element that this rank owns. One at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    @torch.no_grad()
+    def take(self, fragments: list[Fragment], ema: Ema) -> Snapshot:
+        """One copy of everything; the snapshot before this one is overwritten.
+
+        Raises:
+            RuntimeError: there is not enough memory.
+        """
+        on_gpu = any(f.master.is_cuda for f in fragments)
+        needed = len(KINDS) * sum(f.master.numel() for f in fragments)
+        if self._memory.numel() < needed:
+            self._memory = torch.empty(0)  # let it go before more is asked for
+            self._memory = _pinned(needed) if on_gpu else torch.empty(needed)
+        end = 0
+        for f in fragments:
+            for part in (f.master, ema.averages[f.name], f.exp_avg, f.exp_avg_sq):
+                begin, end = end, end + part.numel()
+                self._memory[begin:end].copy_(part, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return Snapshot([(f.name, f.shape, f.start, f.master.numel()) for f in fragments], self._memory[:needed])
 
 
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+def _pinned(elements: int) -> torch.Tensor:
+    """Memory that a GPU copies into at full speed, where the system grants it."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return torch.empty(elements, pin_memory=True)
+    except RuntimeError as error:
+        log.warning(
+            "no %d bytes of pinned memory: the copy for a checkpoint will take longer (%s)", 4 * elements, error
+        )
+        return torch.empty(elements)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_shard(path: Path, snapshot: Snapshot, moved: Callable[[], None]) -> dict[str, Any]:
+    """Write a snapshot, make it last and read it back. Returns the file's size and sha256.
+
+    ``moved`` is called before each part of the file; what it raises ends the writing.
+
+    Raises:
+        OSError: it cannot be written, or reads back as something else.
+    """
+    digest = hashlib.sha256()
+    body = snapshot.body.view(torch.uint8).numpy().data
+    try:
+        with path.open("wb", buffering=0) as file:
+            for part in (memoryview(snapshot.head()), *(body[i : i + CHUNK] for i in range(0, len(body), CHUNK))):
+                moved()
+                digest.update(part)
+                while part:  # a write may be cut short, as by a disk that is almost full
+                    part = part[file.write(part) :]
+            os.fsync(file.fileno())
+            if sys.platform == "linux":  # so that it is read from the disk, and shards keep their place in memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        moved()
+        if sha256(path) != digest.hexdigest():
+            raise OSError(errno.EIO, "reads back as something else than was written")
+    except OSError as error:
+        error.filename = str(path)  # not every call tells
+        raise
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 @dataclass(frozen=True)

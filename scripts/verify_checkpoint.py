@@ -14,7 +14,10 @@ def main() -> int:
     if len(sys.argv) != 2:
         raise UserError(f"give the folder of one checkpoint, not {len(sys.argv) - 1} words")
     folder = Path(sys.argv[1])
-    problem = problem_with(folder)
+    try:
+        problem = problem_with(folder)
+    except UserError as error:
+        problem = str(error)
     print(f"{folder}: {problem or 'whole'}")
     return 1 if problem else 0
 
