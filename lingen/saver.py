@@ -149,7 +149,7 @@ class Saver:
             if self._dist.rank == 0:
                 aside.mkdir(parents=True)
             snapshot = self._recorder.take(engine.fragments(), ema)
-        except (OSError, RuntimeError) as failure:
+        except (OSError, RuntimeError, MemoryError) as failure:
             error = f"rank {self._dist.rank}: {failure}"
         outcomes = self._dist.gather([str(aside), error])
         aside = Path(outcomes[0][0])

@@ -1,4 +1,4 @@
-"""Saving beside training. This file is also the program of the two processes that some tests start (see ``work``)."""
+"""Saving beside training, in one process."""
 
 from __future__ import annotations
 
@@ -287,82 +287,3 @@ def test_waiting_beats_only_while_the_own_part_gets_on(tmp_path: Path, gate: Gat
     threading.Timer(0.5, gate.opened.set).start()
     one.finish(lambda: beats.append(time.monotonic()))
     assert beats and len([b for b in beats if b < beats[-1] - 0.2]) <= 1
-
-
-EXITS = """
-import sys, time
-from pathlib import Path
-from lingen import saver
-from tests import tiny
-def slow(job):
-    time.sleep(1000)
-saver._Job.go_on = slow
-engine, ema = tiny.make()
-tiny.begin(tiny.make_saver(), Path(sys.argv[1]), 1, engine, ema)
-"""
-
-# Kills itself before the n-th time that something is made to last, renamed, removed or begun, for every n.
-KILLED = """
-import hashlib, os, shutil, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lingen import checkpoint, saver, shardfiles
-from tests import tiny
-stage, step = Path(sys.argv[1]), int(sys.argv[2])
-shardfiles.CHUNK = 1000
-engine, ema = tiny.make()
-tiny.train(engine, ema, 0, 1)
-tiny.save(stage, 1, engine, ema)
-tiny.train(engine, ema, 1, 2)
-tiny.save(stage, 2, engine, ema)
-tiny.train(engine, ema, 2, 3)
-def dying(function, left):
-    def call(*args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
-for n in range(1000):
-    child = os.fork()
-    if child == 0:
-        left = [n]
-        for owner, names in (
-            (os, "fsync rename replace mkdir"), (hashlib, "file_digest"), (shutil, "rmtree"), (saver._Job, "go_on"),
-        ):
-            for name in names.split():
-                setattr(owner, name, dying(getattr(owner, name), left))
-        one = tiny.make_saver()
-        tiny.begin(one, stage, step, engine, ema, keep_last=2)
-        tiny.train(engine, ema, 3, 4)
-        one.finish()
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    checkpoint.sweep(stage, tiny.ONE)
-    found = tiny.latest(stage)
-    print(n, os.WIFSIGNALED(status), found.manifest.step, found.manifest.adam_steps, *sorted(os.listdir(stage)))
-    if status == 0:
-        break
-"""
-
-
-def test_a_process_that_ends_leaves_nothing_visible(tmp_path: Path, python: Any) -> None:
-    began = time.monotonic()
-    done = python("-c", EXITS, tmp_path)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert time.monotonic() - began < 60
-    assert [name[:8] for name in names(tmp_path)] == [".saving_"]
-
-
-@pytest.mark.parametrize("step", [3, 2])
-def test_killed_at_any_moment_of_a_save(tmp_path: Path, python: Any, step: int) -> None:
-    """Saving a new step, and replacing one: what is found is the old one or the new one, and nothing is left over."""
-    done = python("-c", KILLED, tmp_path / "stage", step)
-    assert done.returncode == 0, done.stderr
-    moments = [line.split() for line in done.stdout.splitlines()]
-    assert len(moments) >= 20 and moments[-1][1] == "False" and all(m[1] == "True" for m in moments[:-1])
-    assert {tuple(m[2:4]) for m in moments} == {("2", "2"), (str(step), "3")}
-    before, after = ["step_00000001", "step_00000002"], ["step_00000002", "step_00000003"]
-    allowed = [before, [*before, "step_00000003"], after] if step == 3 else [before]
-    assert all(m[4:] in allowed for m in moments)
