@@ -1,0 +1,64 @@
+"""Two ranks as plain processes of this machine, which anyone may kill."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.cluster import drills
+from tests.cluster.slurm import free_ports
+from tests.conftest import ENVIRONMENT, ROOT
+
+
+class Ranks:
+    """One start of a training on ``world`` ranks, joined over loopback."""
+
+    def __init__(self, words: list[str], world: int = 2) -> None:
+        (port,) = free_ports(1)
+        joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "train.py", *words],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | joint | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+
+    def ended(self) -> bool:
+        """Whether one of them has."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def wait(self) -> tuple[list[int], str]:
+        """(codes, all that was printed) once all have ended. Those left behind by a dead rank must end by themselves."""
+        try:
+            outputs = [process.communicate(timeout=120)[0] for process in self.processes]
+        finally:
+            self.kill(*range(len(self.processes)))
+        return [process.returncode for process in self.processes], "\n".join(outputs)
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL."""
+        for rank in ranks:
+            self.processes[rank].send_signal(signal.SIGKILL)
+
+
+def kill_at_random(ranks: Ranks, run: Path, chance: random.Random, *, saving: bool) -> bool:
+    """Kill one rank or all after a random step, or while a checkpoint is written. Returns whether it met them alive."""
+    after = drills.step(run) + chance.randint(1, drills.STEPS)
+    drills.wait(lambda: ranks.ended() or drills.step(run) >= after, f"step {after} of {run}")
+    if saving:
+        drills.wait(lambda: ranks.ended() or drills.is_saving(run), f"a save of {run}", every=0.0002)
+    else:
+        time.sleep(chance.uniform(0, 0.03))
+    alive = not ranks.ended()
+    ranks.kill(*chance.choice([(0,), (1,), (0, 1)]))
+    return alive
