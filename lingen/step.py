@@ -100,7 +100,7 @@ def train_step(
     counts = torch.tensor([float(sum(int(mask.sum()) for mask in masks)), float(lost is not None)], device=device)
     dist.all_reduce_sum(counts)
     if counts[1]:
-        raise_lost(lost, dist)
+        raise_lost(lost, dist, "nothing of this step was taken")
     valid_total, valid = counts[0], int(counts[0]) // dist.sequence
     loss_sum = torch.zeros((), device=device)
     for batch, mask in zip(batches, masks, strict=True):
@@ -162,9 +162,9 @@ def step_keys(batches: list[Batch], dist: Dist) -> list[str]:
     return [placed[at] for at in sorted(placed)]
 
 
-def raise_lost(lost: str | None, dist: Dist) -> NoReturn:
+def raise_lost(lost: str | None, dist: Dist, consequence: str) -> NoReturn:
     """Raises:
     UserError: always, on all ranks, with what the first of those that lost something could not read.
     """
     first = next(problem for problem in dist.gather(lost) if problem is not None)
-    raise UserError(f"{first}; nothing of this step was taken; restore it and run again")
+    raise UserError(f"{first}; {consequence}; restore it and run again")
