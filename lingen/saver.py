@@ -7,6 +7,7 @@ is its *vote*; the training step sums the votes in its own reduction, and from t
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import shutil
@@ -116,6 +117,7 @@ class Saver:
         self._flight: _Flight | None = None
         self._turn = 0  # counts what the votes are about
         self._voted_in = -1
+        atexit.register(self.close)  # a thread that meets the end of the interpreter would abort the process
 
     def start(
         self,
@@ -127,6 +129,7 @@ class Saver:
         progress: dict[str, Any],
         architecture: dict[str, Any],
         final: bool,
+        regular: bool,
         kept: bool,
         keep_last: int,
         engine: Engine,
@@ -134,7 +137,8 @@ class Saver:
     ) -> None:
         """Copy what stage_dir/step_XXXXXXXX is to hold; training may go on at once. Finishes an earlier save first.
 
-        A ``final`` or ``kept`` one is never pruned, of the others the newest ``keep_last`` stay.
+        A ``final`` or ``kept`` one is never pruned; of the others the newest ``keep_last`` stay, and the newest
+        ``keep_last`` of the ``regular`` ones.
 
         Raises:
             UserError: the earlier one failed, or there is no room for this one (on all ranks).
@@ -161,6 +165,7 @@ class Saver:
             "samples": samples,
             "tokens": tokens,
             "final": final,
+            "regular": regular,
             "kept": kept or final,
             "world_size": self._dist.world,
             "zero_stage": engine.zero_stage,
@@ -235,6 +240,7 @@ class Saver:
         """Give up the save under way, if any; what it wrote stays hidden, for ``sweep``. Not collective.
 
         To be called before another may take the run folder."""
+        atexit.unregister(self.close)
         flight, self._flight = self._flight, None
         if flight is not None and flight.job is not None:
             flight.job.abandon(PATIENCE)
