@@ -85,14 +85,21 @@ def refuse_other_experiment(config: Config) -> None:
     path = run_folder(config) / "config.yaml"
     if not path.exists():
         return
-    there = read_config(path)
+    difference = other_experiment(read_config(path), config)
+    if difference is not None:
+        raise UserError(
+            f"name={config.name}: {run_folder(config)} holds a run with {difference}; choose another name, or the "
+            "settings it was started with"
+        )
+
+
+def other_experiment(before: Config, now: Config) -> str | None:
+    """In what ``now`` is another experiment than ``before``: "seed=0, not 1". None where it is the same."""
     for section in FIXED:
-        before, now = (_comparable(section, getattr(c, section)) for c in (there, config))
-        if before != now:
-            raise UserError(
-                f"name={config.name}: {run_folder(config)} holds a run with {_difference(section, before, now)}; "
-                "choose another name, or the settings it was started with"
-            )
+        there, here = (_comparable(section, getattr(config, section)) for config in (before, now))
+        if there != here:
+            return _difference(section, there, here)
+    return None
 
 
 def with_earlier_stages(config: Config) -> Config:

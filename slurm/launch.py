@@ -57,6 +57,7 @@ def main() -> int:
         print_dry_run(planned)
     else:
         launch(planned)
+        print(f"look at it: python slurm/launch.py status name={request.name}")
     return 0
 
 

@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lingen.cluster.config import ClusterConfig, ClusterRoot, seconds
+from lingen.cluster.config import ClusterConfig, ClusterRoot, StageJobConfig, seconds
 from lingen.compose import CONF_DIR, compose, compose_file, parse
 from lingen.config import Config
 from lingen.curriculum import up_to
 from lingen.errors import UserError, nearest
 from lingen.model_config import Section
-from lingen.runfolder import run_folder
+from lingen.runfolder import other_experiment, run_folder
 
 ModelName = Literal["lingen", "dit"]
 
@@ -73,6 +73,7 @@ class Chain:
 class Request:
     """What was asked for."""
 
+    name: str
     chains: list[Chain]
     dry_run: bool
 
@@ -91,7 +92,7 @@ def read_request(words: list[str]) -> Request:
     args = parse(LaunchArgs, own)
     cluster = compose_file(ClusterRoot, "cluster", args.cluster, clusters).cluster
     if args.models is None:
-        return Request([_chain([f"name={args.name}", *trains], cluster, args.until)], args.dry_run)
+        return Request(args.name, [_chain([f"name={args.name}", *trains], cluster, args.until)], args.dry_run)
     if len(set(args.models)) < len(args.models):
         raise UserError(f"models=[{','.join(args.models)}] names a model twice")
     given = next((word for word in trains if word.startswith("model=")), None)
@@ -100,7 +101,7 @@ def read_request(words: list[str]) -> Request:
     chains = [
         _chain([f"name={args.name}/{model}", f"model={model}", *trains], cluster, args.until) for model in args.models
     ]
-    return Request(chains, args.dry_run)
+    return Request(args.name, chains, args.dry_run)
 
 
 def _chain(words: list[str], cluster: ClusterConfig, until: str | None) -> Chain:
@@ -109,32 +110,38 @@ def _chain(words: list[str], cluster: ClusterConfig, until: str | None) -> Chain
     for stage in cluster.stages:
         if stage not in known:
             raise UserError(f"cluster.stages.{stage}: there is no such stage{nearest(stage, known)}")
-    return Chain(whole, words, cluster, [_job(stage, words, cluster) for stage in whole.stages])
+    wanted = "cuda" if cluster.gpus_per_node else "cpu"
+    if whole.engine.device not in ("auto", wanted):
+        raise UserError(
+            f"engine.device={whole.engine.device} with cluster.gpus_per_node={cluster.gpus_per_node}; choose one of "
+            "the two"
+        )
+    return Chain(whole, words, cluster, [_job(stage, whole, words, cluster) for stage in whole.stages])
 
 
-def _job(stage: str, words: list[str], cluster: ClusterConfig) -> Job:
-    own = cluster.stages.get(stage)
-    at_work = [*words, f"until={stage}", *(own.words if own else [])]
+def _job(stage: str, whole: Config, words: list[str], cluster: ClusterConfig) -> Job:
+    own = cluster.stages.get(stage, StageJobConfig())
+    device = "cuda" if cluster.gpus_per_node else "cpu"  # where a node's torch sees no GPU, the job is to fail
+    at_work = [*words, f"until={stage}", f"engine.device={device}", *own.words]
     try:
         config = compose(at_work)
     except UserError as error:
         raise UserError(f"stage {stage}: {error}") from error
-    if config.until != stage or config.name != compose(words).name:
-        raise UserError(f"cluster.stages.{stage}.words must not set name or until")
-    wanted = "cuda" if cluster.gpus_per_node else "cpu"
-    if config.engine.device not in ("auto", wanted):
+    difference = other_experiment(whole, config)
+    if difference is None and (config.name, config.runs_dir, config.until, config.engine.device) != (
+        whole.name,
+        whole.runs_dir,
+        stage,
+        device,
+    ):
+        difference = "name, runs_dir, until and engine.device are set by the launch"
+    if difference is not None:
         raise UserError(
-            f"engine.device={config.engine.device} with cluster.gpus_per_node={cluster.gpus_per_node}; choose one of "
-            "the two"
+            f"cluster.stages.{stage}.words=[{','.join(own.words)}] may say how a stage is computed, not what it is: "
+            f"{difference}"
         )
-    alone = config.model_copy(
-        update={
-            "stages": {stage: config.stages[stage]},
-            "engine": config.engine.model_copy(update={"device": wanted}),
-        }
-    )
-    nodes, time = (own.nodes, own.time) if own else (None, None)
-    return Job(stage, alone, at_work, nodes or cluster.nodes, cluster.tasks, time or cluster.time)
+    alone = config.model_copy(update={"stages": {stage: config.stages[stage]}})
+    return Job(stage, alone, at_work, own.nodes or cluster.nodes, cluster.tasks, own.time or cluster.time)
 
 
 def attempts(job: Job, hours: float, cluster: ClusterConfig) -> int:

@@ -29,7 +29,7 @@ def begin(run: Path, stage: str, job: int, *, nodes: str, restarts: int, max_pre
     record = read_stage(run, stage, job) or StageRecord(stage, job, step=newest_step(run))
     record.requeues = restarts
     step = newest_step(run)
-    if restarts and record.state == "running":
+    if restarts and record.state in ("running", "cancelled"):
         _count(record, step, failed=False)
         if record.preemptions >= max_preemptions:
             return _stop(run, record, f"{record.preemptions} preemptions in a row without a new checkpoint")
@@ -43,7 +43,11 @@ def end(run: Path, stage: str, job: int, *, code: int, job_state: str, max_failu
     """Close the attempt that ``srun`` left with ``code``.
 
     A reason that a rank wrote down wins over the code: where ranks end one another, ``srun`` tells any of their codes.
-    A job that Slurm already calls cancelled is not queued again.
+
+    Args:
+        job_state: Slurm's state and reason of the job: "RUNNING None". Where Slurm itself is ending the job it is
+            COMPLETING, and only one at its time limit is queued again by us: a cancelled one is not to be, and a
+            preempted one will be anyway.
     """
     record = read_stage(run, stage, job) or StageRecord(stage, job)
     record.code = code
@@ -52,7 +56,8 @@ def end(run: Path, stage: str, job: int, *, code: int, job_state: str, max_failu
     step, log = newest_step(run), chain_folder(run) / f"{stage}.log"
     if code == 0:
         return _close(run, record, "finished", step)
-    if job_state == "CANCELLED":
+    state, _, why = job_state.partition(" ")
+    if state not in ("", "RUNNING") and why != "TimeLimit":
         return _close(run, record, "cancelled", step)
     try:
         return _stop(run, record, reason_file(run, stage).read_text().strip(), step)

@@ -137,7 +137,11 @@ def cancel(runs: list[Path]) -> None:
     slurm.require("squeue", "scancel")
     for run in runs:
         chain = chain_of(run)
-        queued = queued_of(chain)
+        queued = {
+            job: there
+            for job, there in queued_of(chain).items()
+            if there.state != "COMPLETING" or not any(stage.job == job and stage.cancelled for stage in chain.stages)
+        }
         ended = [stage for stage in chain.stages if stage.job in queued]
         if not ended:
             print(f"{chain.name}: nothing is queued or running")

@@ -55,6 +55,8 @@ def launch(planned: list[list[PlannedJob]]) -> None:
         UserError: something is wrong; nothing was submitted, or what was is cancelled again.
     """
     slurm.require("sbatch", "squeue", "sinfo", "scontrol", "scancel")
+    for jobs in planned:
+        refuse_run_folder(jobs[0].chain)
     todo = [_look(jobs) for jobs in planned]
     missing = [each for one in todo for each in one.missing]
     for one in todo:
@@ -63,7 +65,6 @@ def launch(planned: list[list[PlannedJob]]) -> None:
         print("nothing to submit")
         return
     for one in todo:
-        refuse_run_folder(one.chain)
         refuse_other_writer(one.chain.run, {str(stage.job) for stage in one.kept})
     for problem in problems([one.missing for one in todo]):
         raise UserError(problem)
@@ -87,8 +88,11 @@ def _look(planned: list[PlannedJob]) -> Todo:
     kept: list[SubmittedStage] = []
     missing: list[PlannedJob] = []
     stale: list[int] = []
-    for each in planned[done:]:
+    for number, each in enumerate(planned):
         there = active.get(each.job.stage)
+        if number < done:
+            kept += [there] if there else []  # it has only to end
+            continue
         if there is None:
             missing.append(each)
             continue
@@ -109,7 +113,8 @@ def _look(planned: list[PlannedJob]) -> Todo:
                 f"slurm/launch.py cancel name={chain.config.name} first, or launch with the words it had"
             )
         kept.append(there)
-    return Todo(chain, [each.job.stage for each in planned[:done]], kept, stale, missing)
+    finished = [each.job.stage for each in planned[:done] if each.job.stage not in active]
+    return Todo(chain, finished, kept, stale, missing)
 
 
 def _is_active(chain: Chain, stage: SubmittedStage, queued: dict[int, QueuedJob]) -> bool:
@@ -133,9 +138,9 @@ def _submit(todo: list[Todo]) -> None:
     """All or nothing: where one is refused, those before it are cancelled."""
     submitted: list[int] = []
     try:
-        for one in todo:
-            jobs = _submit_chain(one, submitted)
-            write_chain(one.chain.run, _record(one, jobs))
+        records = [(one.chain.run, _record(one, _submit_chain(one, submitted))) for one in todo]
+        for run, record in records:
+            write_chain(run, record)
         slurm.cancel(job for one in todo for job in one.stale)
     except BaseException as error:
         if submitted:
@@ -145,8 +150,6 @@ def _submit(todo: list[Todo]) -> None:
                 raise UserError(f"{error}; {note}") from error
             print(note)
         raise
-    names = " ".join(sorted({one.chain.config.name for one in todo}))
-    print(f"look at it: python slurm/launch.py status name={names.split()[0]}")
 
 
 def _submit_chain(todo: Todo, submitted: list[int]) -> list[SubmittedStage]:
