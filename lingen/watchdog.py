@@ -81,6 +81,7 @@ class Watchdog:
         who = f"rank {self._rank} ({socket.gethostname()} pid {os.getpid()})"
         what = f"{who} has shown no life for {age:.1f} s: {doing}"
         os.write(2, f"{what}; stacks in {path}; exit code {EXIT_HUNG}\n".encode())  # sys.stderr may be what hangs
+        self._folder.mkdir(parents=True, exist_ok=True)  # a start may hang before the run has one
         with path.open("w") as stream:
             stream.write(f"{now:%Y-%m-%d %H:%M:%S} UTC: {what}\n\n")
             stream.flush()

@@ -31,12 +31,12 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Start ``code`` beside a watchdog, with its reports in ``tmp_path``."""
+    """Start ``code`` beside a watchdog, with its reports in ``tmp_path``/run, which is not there."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
     def begin(code: str, *, rank: int = 3, timeout_s: float = 0.4, **environ: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", HEAD + code, str(tmp_path), str(rank), str(timeout_s)],
+            [sys.executable, "-c", HEAD + code, str(tmp_path / "run"), str(rank), str(timeout_s)],
             env=os.environ | environ,
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -76,7 +76,7 @@ finally:
     process.send_signal(signal.SIGTERM)  # only asks, as without a watchdog
     out, error = process.communicate(timeout=30)
     assert process.returncode == EXIT_HUNG and out == ""
-    (path,) = tmp_path.iterdir()
+    (path,) = (tmp_path / "run").iterdir()
     number = "17-" if job else ""
     assert re.fullmatch(rf"hang-{number}rank00003-\d{{8}}T\d{{6}}Z\.txt", path.name)
     what = rf"rank 3 \({socket.gethostname()} pid {process.pid}\) has shown no life for \d+\.\d s: step 7 of stage one"
@@ -156,7 +156,7 @@ dist.any(False)
     for process in ranks:
         process.communicate(timeout=60)
     assert [process.returncode for process in ranks] == [EXIT_HUNG] * 2
-    first, second = (path.read_text() for path in sorted(tmp_path.iterdir()))
+    first, second = (path.read_text() for path in sorted((tmp_path / "run").iterdir()))
     assert "in all_reduce" in first and "in decode_a_clip" in second
 
 
