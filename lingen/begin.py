@@ -4,7 +4,7 @@ the initialization."""
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lingen.ema import Ema
 from lingen.engine import DTYPES, make_engine
 from lingen.errors import UserError
 from lingen.export import newest_folder
+from lingen.guard import Guard
 from lingen.manifest import MANIFEST, manifest_digest, read_manifest, step_folders
 from lingen.models import make_model
 from lingen.models.parallel import SequenceGroup, parallelise
@@ -62,10 +63,12 @@ class StageState:
     networks: Networks
     ema: Ema
     loader: StageLoader
+    guard: Guard
     progress: Progress
     lineage: list[dict[str, Any]]  # one entry a stage: which checkpoint it began with, and after how much
     read: int  # samples of the stage, over all ranks and starts
     bad: int  # ... that were holes
+    refusal: str = ""  # why a step was left out the last time
 
 
 def load_inputs(config: Config, dist: Dist) -> Inputs:
@@ -188,8 +191,53 @@ def refuse_cutting_off(config: Config, start: Start) -> None:
             )
 
 
-def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs, dist: Dist) -> StageState:
-    """Build the model in its engine, fill both from ``start``, and open the data at the right place. Collective."""
+def back_at(config: Config, stage: StageConfig, start: Start, dist: Dist) -> Start:
+    """The stage's newest regular checkpoint, or its beginning; what is later is removed. Collective.
+
+    Not one that a signal left: where a run goes back to must not depend on signals.
+
+    Raises:
+        UserError: there is none, and what the stage began with is gone.
+    """
+    folder = stage_folder(config, stage.name)
+    regular = checkpoint.latest(folder, dist, only=checkpoint.is_regular)
+    target = beginning(start, dist) if regular is None else Start(regular, resume=True)
+    checkpoint.discard_after(folder, target.progress.step, dist)
+    return target
+
+
+def beginning(start: Start, dist: Dist) -> Start:
+    """Where the stage that ``start`` is in began. Collective.
+
+    Raises:
+        UserError: that checkpoint is gone, or damaged.
+    """
+    if start.checkpoint is None or not start.resume:
+        return start
+    origin = start.checkpoint.progress["lineage"][-1]["from_checkpoint"]
+    return Start(checkpoint.open_checkpoint(Path(origin), dist) if origin else None, resume=False)
+
+
+def unfinished(config: Config, dist: Dist) -> Config:
+    """``config`` without the stages that need no more training, judged by the manifests alone. Collective."""
+    names = list(config.stages)
+    remaining = names
+    for number in reversed(range(len(names))):
+        newest = newest_folder(stage_folder(config, names[number]))
+        if newest is not None:
+            remaining = names[number + read_manifest(newest).final :]
+            break
+    remaining = dist.gather(remaining)[0]
+    return config.model_copy(update={"stages": {name: config.stages[name] for name in remaining}})
+
+
+def begin_stage(
+    config: Config, stage: StageConfig, start: Start, inputs: Inputs, dist: Dist, *, past: Position | None = None
+) -> StageState:
+    """Build the model in its engine, fill both from ``start``, and open the data at the right place. Collective.
+
+    ``past``: a place in the data that is further than the start's, where what lies between is not to be trained on.
+    """
     gc.collect()  # DeepSpeed's engine of the stage before sits in reference cycles
     torch.manual_seed(config.seed)
     there = start.checkpoint
@@ -213,19 +261,34 @@ def begin_stage(config: Config, stage: StageConfig, start: Start, inputs: Inputs
             rank=dist.data_rank,
             world=dist.data_world,
             grad_accumulation=config.engine.grad_accumulation,
-            position=Position.from_dict(there.progress["position"]) if there and start.resume else None,
+            position=position_of(start) if past is None else past_data(start, past),
             bad_log=bad_log(config, dist),
         )
     )
+    guard = Guard(config.guard, there.progress["guard"] if there and start.resume else None)
+    if past is not None:
+        guard.in_a_row = 0
     return StageState(
         Networks(engine, model, inputs.autoencoder, inputs.text, dist.device, DTYPES[config.engine.dtype]),
         ema,
         loader,
+        guard,
         start.progress,
         lineage,
         read=there.progress["read"] if there and start.resume else 0,
         bad=there.progress["bad"] if there and start.resume else 0,
     )
+
+
+def position_of(start: Start) -> Position:
+    """Where in the stage's data a start begins."""
+    there = start.checkpoint
+    return Position.from_dict(there.progress["position"]) if there and start.resume else Position()
+
+
+def past_data(start: Start, past: Position) -> Position:
+    """``past``, and as skipped what lies between it and where the start would begin."""
+    return replace(past, skipped=sum(past.consumed.values()) - start.progress.stage_samples)
 
 
 def bad_log(config: Config, dist: Dist) -> Path | None:

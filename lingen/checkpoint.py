@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,34 +59,8 @@ class Checkpoint:
         return shard_paths(self.folder, self.manifest)
 
 
-def save(
-    stage_dir: Path,
-    *,
-    step: int,
-    samples: int,
-    tokens: int,
-    progress: dict[str, Any],
-    architecture: dict[str, Any],
-    final: bool,
-    engine: Engine,
-    ema: Ema,
-    dist: Dist,
-) -> Path:
-    """TEMPORARY, until the loop uses Saver."""
-    from lingen.saver import Saver
-
-    saver = Saver(dist, writers=0, may_publish=lambda: None)
-    saver.start(
-        stage_dir, step=step, samples=samples, tokens=tokens, progress=progress, architecture=architecture,
-        final=final, kept=False, keep_last=10**9, engine=engine, ema=ema,
-    )  # fmt: skip
-    folder = saver.finish()
-    assert folder is not None
-    return folder
-
-
-def latest(stage_dir: Path, dist: Dist) -> Checkpoint | None:
-    """The newest whole checkpoint of a stage, or None where there is none at all. Collective.
+def latest(stage_dir: Path, dist: Dist, *, only: Callable[[Path], bool] = lambda folder: True) -> Checkpoint | None:
+    """The newest whole checkpoint of a stage among ``only`` some, or None where there is none at all. Collective.
 
     The ranks share the work of checking the files. A damaged checkpoint is skipped with a warning.
 
@@ -93,7 +68,7 @@ def latest(stage_dir: Path, dist: Dist) -> Checkpoint | None:
         UserError: there are checkpoints, but none is whole: a restart from zero would be silent loss; or the newest is
             of another schema: to go on from an older one would in time overwrite it.
     """
-    names: list[str] = dist.gather([folder.name for folder in step_folders(stage_dir)])[0]
+    names: list[str] = dist.gather([folder.name for folder in step_folders(stage_dir) if only(folder)])[0]
     problems = []
     for name in reversed(names):
         problem = _check_together(stage_dir / name, dist)
@@ -108,6 +83,29 @@ def latest(stage_dir: Path, dist: Dist) -> Checkpoint | None:
             "restore one, or remove the folder to train the stage anew"
         )
     return None
+
+
+def discard_after(stage_dir: Path, step: int, dist: Dist) -> None:
+    """Remove the checkpoints of a stage that are further than ``step``. Collective.
+
+    Raises:
+        UserError: they cannot be removed.
+    """
+
+    def remove() -> None:
+        for folder in reversed(step_folders(stage_dir)) if dist.rank == 0 else ():
+            if step_of(folder) > step:
+                shutil.rmtree(_hide(folder))
+
+    dist.together(remove)
+
+
+def is_regular(folder: Path) -> bool:
+    """Whether a checkpoint was saved where the schedule says; not where that cannot be read."""
+    try:
+        return parse_manifest(folder).regular
+    except Damaged:
+        return False
 
 
 def open_checkpoint(path: Path, dist: Dist) -> Checkpoint:
@@ -184,31 +182,37 @@ def export(folder: Path, out_dir: Path, config: dict[str, Any]) -> None:
 
 
 def prune(saved: Path, keep_last: int) -> None:
-    """Remove what is older than the ``keep_last`` newest whole checkpoints up to ``saved``, but for those ``kept``.
+    """Keep the ``keep_last`` newest whole checkpoints up to ``saved``, as many regular ones, and those ``kept``.
 
     What is further than ``saved`` was passed over as damaged, and stays as evidence, as does what cannot be read. A
     checkpoint that cannot be removed costs room and a warning, not the run. For rank 0 alone.
     """
-    stage_dir, whole = saved.parent, 0
+    stage_dir, whole, regular = saved.parent, 0, 0
     doomed = list(stage_dir.glob(f"{PRUNED}*"))  # that an earlier call could not remove
     try:
         for folder in reversed(step_folders(stage_dir)):
             if step_of(folder) > step_of(saved):
                 continue
             try:
-                if whole < keep_last:
+                manifest = parse_manifest(folder)
+                if whole < keep_last or (manifest.regular and regular < keep_last):
                     read_manifest(folder)
-                    whole += 1
-                elif not parse_manifest(folder).kept:  # without a look at the files of all that are kept for good
-                    hidden = stage_dir / f"{PRUNED}{folder.name}"
-                    folder.rename(hidden)  # gone at once, so that a crash leaves no half of it
-                    doomed.append(hidden)
+                    whole, regular = whole + 1, regular + manifest.regular
+                elif not manifest.kept:  # without a look at the files of all that are kept for good
+                    doomed.append(_hide(folder))
             except (Damaged, UserError):
                 continue  # for a person to look at
         for path in doomed:
             shutil.rmtree(path)
     except OSError as error:
         log.warning("a checkpoint that is not kept could not be removed, and takes room: %s", error)
+
+
+def _hide(folder: Path) -> Path:
+    """Take a checkpoint out of sight, at once, so that a crash leaves no half of it. Returns where it is now."""
+    hidden = folder.with_name(f"{PRUNED}{folder.name}")
+    folder.rename(hidden)
+    return hidden
 
 
 def sweep(stage_dir: Path, dist: Dist) -> None:

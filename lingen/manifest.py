@@ -39,6 +39,7 @@ class Manifest(BaseModel):
     samples: int
     tokens: int
     final: bool  # the stage ended here
+    regular: bool  # saved where the schedule says, not because a signal came
     kept: bool  # never pruned: the stage's end, or one that is kept for good
     world_size: int
     zero_stage: int

@@ -1,7 +1,8 @@
 """Where the records of a run go: metrics.jsonl always, W&B and the console where they are asked for.
 
-A record is a dict with its ``kind`` ("train", "validation", "transfer", "refused", "rollback"), its stage, and the axes step, samples, tokens,
-flops and hours, which run on across stages. metrics.jsonl is the truth; the other sinks read the same records.
+A record is a dict with its ``kind`` ("train", "validation", "transfer", "refused", "rollback"), its stage, and the axes
+step, samples, tokens, flops and hours, which run on across stages. metrics.jsonl is the truth; the other sinks read the
+same records.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lingen.curriculum import bucket_shares
 from lingen.dist import Dist
 from lingen.errors import UserError
 from lingen.flow import generator, interpolate, sample_losses
-from lingen.step import Networks
+from lingen.step import Networks, raise_lost
 
 HeldOut = Callable[[BucketConfig], Iterator[Batch]]  # a bucket -> this rank's held-out batches, anew at each call
 
@@ -29,12 +29,18 @@ def fixed_sigmas(config: ValidationConfig) -> torch.Tensor:
 
 @torch.no_grad()
 def bucket_losses(
-    networks: Networks, batches: Iterator[Batch], sigmas: torch.Tensor, dist: Dist
-) -> tuple[torch.Tensor, int]:
+    networks: Networks, batches: Iterator[Batch], sigmas: torch.Tensor, dist: Dist, stop: Callable[[], bool]
+) -> tuple[torch.Tensor, int] | None:
     """The mean loss at each sigma over one bucket's held-out samples, (S,) fp64, and how many of these were valid; the
-    same on every rank."""
+    same on every rank. None where ``stop``, asked before each batch, said so on some rank."""
     totals = torch.zeros(len(sigmas) + 1, dtype=torch.float64, device=networks.device)  # a sum a sigma, then the count
     for batch in batches:
+        seen = torch.tensor([float(batch.lost is not None), float(stop())], device=networks.device)
+        dist.all_reduce_sum(seen)
+        if seen[0]:
+            raise_lost(batch.lost, dist, "nothing was measured")
+        if seen[1]:
+            return None
         latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
         text = networks.text.encode(batch.captions)
         valid = dist.agreed(batch.valid).double()  # (B,)
@@ -55,21 +61,33 @@ def bucket_losses(
 
 
 def validate(
-    networks: Networks, stage: StageConfig, held_out: HeldOut, config: ValidationConfig, dist: Dist
-) -> dict[str, Any]:
+    networks: Networks,
+    stage: StageConfig,
+    held_out: HeldOut,
+    config: ValidationConfig,
+    dist: Dist,
+    stop: Callable[[], bool],
+) -> dict[str, Any] | None:
     """The validation record of a stage: ``loss`` (mean over the buckets by their share), ``bucket_loss`` and
     ``bin_loss`` (mean over bins of neighbouring sigmas, from the data to the noise); ``valid`` samples a bucket.
 
+    ``stop`` is asked before each batch: where it is true on some rank, nothing was measured (None).
+
     Raises:
-        UserError: not one held-out sample of a bucket can be decoded.
+        UserError: not one held-out sample of a bucket can be decoded, or a shard cannot be read.
     """
     sigmas = fixed_sigmas(config)
-    measured = {str(b): bucket_losses(networks, held_out(b), sigmas, dist) for b in stage.buckets}
-    losses, valid = {b: loss for b, (loss, _) in measured.items()}, {b: count for b, (_, count) in measured.items()}
-    for bucket, count in valid.items():
+    losses: dict[str, torch.Tensor] = {}
+    valid: dict[str, int] = {}
+    for bucket in stage.buckets:
+        measured = bucket_losses(networks, held_out(bucket), sigmas, dist, stop)
+        if measured is None:
+            return None
+        losses[str(bucket)], valid[str(bucket)] = measured
+    for name, count in valid.items():
         if not count:
             raise UserError(
-                f"stage {stage.name}: every held-out sample of bucket {bucket} is broken; "
+                f"stage {stage.name}: every held-out sample of bucket {name} is broken; "
                 "bad_samples-rank*.jsonl names them"
             )
     shares = torch.tensor(bucket_shares(stage), dtype=torch.float64)  # (buckets,)

@@ -17,8 +17,8 @@ import pytest
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
      "lingen.compose"),
-    ("lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output", "lingen.runfolder",
-     "lingen.watchdog"),
+    ("lingen.agreement", "lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output",
+     "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
     ("lingen.autoencoder", "lingen.text"),
@@ -27,8 +27,8 @@ ROWS = (
     ("lingen.checkpoint", "lingen.manifest", "lingen.saver", "lingen.shardfiles", "lingen.export", "lingen.metrics",
      "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step",
-     "lingen.validation"),
+    ("lingen.begin", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory", "lingen.pipeline",
+     "lingen.plan", "lingen.step", "lingen.validation"),
     ("lingen.bench", "lingen.cluster", "lingen.comparison"),
     ("scripts", "train"),
 )

@@ -47,7 +47,13 @@ def make_saver(dist: Dist = ONE, writers: int = 0) -> Saver:
 
 def begin(saver: Saver, stage: Path, step: int, engine: Engine, ema: Ema, **more: Any) -> None:
     """Start to save ``step``."""
-    words: dict[str, Any] = {"final": False, "kept": False, "keep_last": 99, "progress": {"position": {"step": step}}}
+    words: dict[str, Any] = {
+        "final": False,
+        "regular": True,
+        "kept": False,
+        "keep_last": 99,
+        "progress": {"position": {"step": step}},
+    }
     saver.start(
         stage, step=step, samples=8 * step, tokens=80 * step, architecture=DIT, engine=engine, ema=ema, **(words | more)
     )

@@ -28,6 +28,7 @@ from lingen.dist import Dist, init
 from lingen.ema import Ema
 from lingen.engine import Engine, make_engine
 from lingen.errors import UserError
+from lingen.saver import Saver
 
 STEPS, SAVED_AT, BATCH = 20, 10, 8
 ARCHITECTURE = {"d": 7}
@@ -103,10 +104,12 @@ def train(dist: Dist, engine: Engine, ema: Ema, start: int, end: int, *, accumul
 
 
 def save(dist: Dist, folder: Path, engine: Engine, ema: Ema, *, step: int) -> None:
-    checkpoint.save(
+    saver = Saver(dist, writers=0, may_publish=lambda: None)
+    saver.start(
         folder, step=step, samples=BATCH * step, tokens=0, progress={}, architecture=ARCHITECTURE, final=False,
-        engine=engine, ema=ema, dist=dist,
+        regular=True, kept=False, keep_last=99, engine=engine, ema=ema,
     )  # fmt: skip
+    saver.finish()
 
 
 def inherit(dist: Dist, folder: Path, engine: Engine, ema: Ema) -> None:

@@ -243,7 +243,7 @@ def test_a_held_out_set_of_holes_alone_is_an_error(start: Start, world: Any, tmp
 
 def test_a_run_folder_that_cannot_be_written_is_one_line(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file.*cannot be written"):
+    with pytest.raises(UserError, match=r"file.* cannot hold a lease: Not a directory"):
         start(f"runs_dir={tmp_path}/file")
 
 
