@@ -257,15 +257,9 @@ def test_a_shard_that_vanishes_is_lost_and_no_hole(
         assert not (batch.lost and batch.valid.any())
         seen.add(loader.lost)
     assert seen == {problem, None} and not loader.bad  # nothing is said against the samples
-    bucket = make_stage().buckets[0]
-    held_out = [
-        batch
-        for rank in range(2)
-        for batch in holdout_batches(
-            hurt, bucket, 8.0, data_config(holdout_share=0.5), limit=30, batch_size=5, rank=rank, world=2
-        )
-    ]
-    assert {batch.lost for batch in held_out} == {problem, None} and len(held_out) % 2 == 0
+    bucket, half = make_stage().buckets[0], data_config(holdout_share=0.5)
+    held_out = list(holdout_batches(hurt, bucket, 8.0, half, limit=30, batch_size=5, rank=0, world=1))
+    assert {batch.lost for batch in held_out} == {problem, None}
     (tmp_path / "away").rename(shard)
     assert not any(batch.lost for (batch,) in make_loader(hurt, make_stage(samples=200), data_config()))
 
