@@ -243,10 +243,14 @@ def _has_ended(there: Found, me: Holder) -> bool:
         f"{f'scancel {holder.job}' if holder and holder.job else 'end that process'} first, or choose another name"
     )
     if holder is not None:
-        alive = _is_alive(holder, me)
+        alive, ourselves = _is_alive(holder, me), _is_earlier(holder, me)
+        until = time.monotonic() + EXPIRY_S
+        while alive and ourselves and time.monotonic() < until:  # what is left of it on a node that was lost, say
+            time.sleep(BEAT_S / 5)
+            alive = _is_alive(holder, me)
         if alive:
             raise refusal
-        if alive is False or (holder.job is not None and holder.job == me.job and holder.restart < me.restart):
+        if alive is False or ourselves:
             _say(f"{folder}: going on after {there}, which has ended")
             return True
     _say(f"{folder} is written by {there}; waiting for {EXPIRY_S:g} s to see whether it is alive")
@@ -260,6 +264,11 @@ def _has_ended(there: Found, me: Holder) -> bool:
             return False
     _say(f"warning: {folder}: {there} has shown no life for {EXPIRY_S:g} s; going on in its place")
     return True
+
+
+def _is_earlier(holder: Holder, me: Holder) -> bool:
+    """Whether the holder is our own job before Slurm requeued it."""
+    return holder.job is not None and holder.job == me.job and holder.restart < me.restart
 
 
 def _is_alive(holder: Holder, me: Holder) -> bool | None:

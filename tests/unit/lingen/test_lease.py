@@ -239,6 +239,22 @@ def test_a_requeued_job_succeeds_itself(
     assert ("which has ended" in said) == at_once and ("waiting for" in said) != at_once
 
 
+def test_a_requeued_job_waits_for_what_is_left_of_itself(
+    tmp_path: Path, starter: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that Slurm gave up may still run the last of its processes."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    holder = starter()
+    tell(holder, f"{tmp_path} 0")
+    assert answer(holder) == "won"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match=rf"is written by \S+ pid {holder.pid} \(Slurm job 17\)"):
+        Lease.take(tmp_path)
+    monkeypatch.setattr(lease, "EXPIRY_S", 60.0)
+    threading.Timer(0.2, holder.kill).start()
+    Lease.take(tmp_path).release()
+
+
 def test_a_lost_lease_is_found_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / LEASE
     held = Lease.take(tmp_path)
