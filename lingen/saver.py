@@ -74,7 +74,7 @@ class _Job:
         except _Abandoned:
             pass
         except (OSError, UserError, Damaged) as error:
-            self.error = str(error)
+            self.error = str(error) or type(error).__name__
         except BaseException as error:  # else the others would wait for a dead thread
             log.exception("the thread that writes a checkpoint died")
             self.error = f"{type(error).__name__}: {error}"
@@ -183,7 +183,7 @@ class Saver:
         job = self._flight.job if self._flight else None
         if job is None or not job.ended.is_set():
             return 0.0, 0.0
-        return (0.0, 1.0) if job.error else (1.0, 0.0)
+        return (1.0, 0.0) if job.error is None else (0.0, 1.0)
 
     def advance(self, done: float, failed: float) -> Path | None:
         """Take the next step of a save, given the sums of the ranks' ``votes``. Returns what became visible by it.
@@ -200,7 +200,7 @@ class Saver:
                 flight.job.abandon(None)
             errors = self._dist.gather(flight.job.error if flight.job else None)
             self._flight = None
-            self._give_up(plan.folder, plan.aside, [f"rank {rank}: {e}" for rank, e in enumerate(errors) if e])
+            self._give_up(plan.folder, plan.aside, [f"rank {n}: {e}" for n, e in enumerate(errors) if e is not None])
         elif flight.all_written and done:
             self._flight = None
             return plan.folder

@@ -15,6 +15,7 @@ from lingen.checkpoint import RESUME
 from lingen.config import CarryConfig
 from lingen.errors import UserError
 from lingen.files import sha256
+from scripts import verify_checkpoint
 from tests.tiny import DIT, ONE, latest, load, make, save, state, train
 
 
@@ -131,7 +132,9 @@ def test_all_damaged_is_an_error_and_no_new_start(three: Path) -> None:
 
 
 @pytest.mark.parametrize("schema", [1, 3])
-def test_another_schema_is_no_damage(three: Path, schema: int, python: Any) -> None:
+def test_another_schema_is_no_damage(
+    three: Path, schema: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Else the run would go on from an older one, and in time overwrite this."""
     newest = three / "step_00000006"
     edit(newest, lambda t: t.update(schema_version=schema, something_new=1))
@@ -139,8 +142,8 @@ def test_another_schema_is_no_damage(three: Path, schema: int, python: Any) -> N
     for open_it in (checkpoint.latest, checkpoint.open_checkpoint):
         with pytest.raises(UserError, match=says):
             open_it(three, ONE)
-    checked = python("scripts/verify_checkpoint.py", newest)
-    assert checked.returncode == 1 and says in checked.stdout
+    monkeypatch.setattr("sys.argv", ["verify_checkpoint.py", str(newest)])
+    assert verify_checkpoint.main() == 1 and says in capsys.readouterr().out
 
 
 def test_only_the_newest_is_read_whole(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +188,14 @@ def test_the_export_holds_the_averaged_weights(three: Path, tmp_path: Path) -> N
         checkpoint.assemble(three / "step_00000006", "ema")
 
 
-def test_the_script_tells_whole_from_damaged(three: Path, python: Any) -> None:
+def test_the_script_tells_whole_from_damaged(
+    three: Path, python: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["verify_checkpoint.py", str(three / "step_00000006")])
+    assert verify_checkpoint.main() == 0 and capsys.readouterr().out == f"{three}/step_00000006: whole\n"
     flip(three / "step_00000004")
-    words = [[three / "step_00000006"], [three / "step_00000004"], []]
-    runs = [python("scripts/verify_checkpoint.py", *given) for given in words]
-    assert [run.returncode for run in runs] == [0, 1, 2]
-    assert "sha256" in runs[1].stdout
-    assert "Traceback" not in runs[2].stderr
+    damaged = python("scripts/verify_checkpoint.py", three / "step_00000004")
+    assert damaged.returncode == 1 and "does not have the sha256" in damaged.stdout
+    monkeypatch.setattr("sys.argv", ["verify_checkpoint.py"])
+    with pytest.raises(UserError, match="give the folder of one checkpoint"):
+        verify_checkpoint.main()

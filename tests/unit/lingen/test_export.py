@@ -28,8 +28,9 @@ def write_checkpoint(folder: Path) -> Path:
     for name in names:
         (folder / name).touch()
     manifest = Manifest(
-        stage=folder.parent.name, step=0, samples=0, tokens=0, final=False, kept=False, world_size=1, zero_stage=0,
-        adam_steps=0, architecture={}, files={name: FileEntry(size=0, sha256="") for name in names}, complete=True,
+        stage=folder.parent.name, step=0, samples=0, tokens=0, final=False, regular=True, kept=False, world_size=1,
+        zero_stage=0, adam_steps=0, architecture={}, complete=True,
+        files={name: FileEntry(size=0, sha256="") for name in names},
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.sealed().model_dump_json())
     return folder

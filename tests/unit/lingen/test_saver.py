@@ -151,6 +151,13 @@ def test_pruning_keeps_the_newest_the_kept_and_the_final_ones(tmp_path: Path) ->
     assert steps(tmp_path) == [1, 3, 4, 5, 6, 7]
 
 
+def test_signals_do_not_push_the_regular_ones_out(tmp_path: Path) -> None:
+    engine, ema = make()
+    for step, regular in ((2, True), (4, True), (5, False), (6, False)):
+        save(tmp_path, step, engine, ema, keep_last=1, regular=regular)
+    assert steps(tmp_path) == [4, 6]
+
+
 def test_what_cannot_be_removed_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
