@@ -35,11 +35,11 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
+        reason = " ".join(str(error).split())
+        _leave_reason(reason)  # every rank, since the others may be killed before they come to it
         rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else None)
         if rank in (None, "0") or isinstance(error, LocalError):
-            reason = " ".join(str(error).split())
             print(f"error: {reason}", file=sys.stderr, flush=True)
-            _leave_reason(reason)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
 
@@ -47,9 +47,8 @@ def run_main(main: Callable[[], int | None]) -> None:
 def _leave_reason(reason: str) -> None:
     """For whoever decides whether to start again: with several ranks, ``srun``'s exit code alone does not tell."""
     named = os.environ.get("LINGEN_REASON")
-    if named is None:
+    if named is None or (path := Path(named)).exists():
         return
-    path = Path(named)
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         aside.write_text(f"{reason}\n")

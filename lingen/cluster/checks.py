@@ -124,9 +124,9 @@ def refuse_other_writer(run: Path, ours: set[str]) -> None:
         raise UserError(f"{run} is written by {found}, {age:.0f} s ago; end that first, or choose another name")
 
 
-def refuse_slurm(planned: list[PlannedJob]) -> None:
+def refuse_nodes(planned: list[PlannedJob]) -> None:
     """Raises:
-    UserError: the partition is not there, its nodes have not what is asked, or Slurm would not take a script.
+    UserError: the partition is not there, or its nodes have not what is asked.
     """
     cluster = planned[0].chain.cluster
     nodes = slurm.nodes_of(cluster.partition)
@@ -145,6 +145,12 @@ def refuse_slurm(planned: list[PlannedJob]) -> None:
                 f"stage {each.job.stage} asks for {each.job.nodes} nodes, but {partition} has {len(fitting)} with "
                 f"{cluster.gpus_per_node} GPUs and {cpus} CPUs"
             )
+
+
+def refuse_scripts(planned: list[PlannedJob]) -> None:
+    """Raises:
+    UserError: Slurm would not take a script.
+    """
     for each in planned:
         try:
             slurm.test(each.script)

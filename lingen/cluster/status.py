@@ -49,9 +49,7 @@ def find_runs(runs_dir: str, name: str) -> list[Path]:
     found = [path.parent.parent for path in (folder / "chain" / "chain.json", *folder.glob("*/chain/chain.json"))]
     runs = sorted({run for run in found if (chain_folder(run) / "chain.json").exists()})
     if not runs:
-        raise UserError(
-            f"name={name}: no chain was submitted from {folder}; set runs_dir where it is another than {runs_dir}"
-        )
+        raise UserError(f"name={name}: there is no chain in {folder}; set runs_dir where it is another than {runs_dir}")
     return runs
 
 

@@ -13,9 +13,10 @@ from lingen.cluster import slurm
 from lingen.cluster.checks import (
     PlannedJob,
     problems,
+    refuse_nodes,
     refuse_other_writer,
     refuse_run_folder,
-    refuse_slurm,
+    refuse_scripts,
     stages_done,
 )
 from lingen.cluster.record import (
@@ -66,10 +67,11 @@ def launch(planned: list[list[PlannedJob]]) -> None:
         return
     for one in todo:
         refuse_other_writer(one.chain.run, {str(stage.job) for stage in one.kept})
+    refuse_nodes(missing)
     for problem in problems([one.missing for one in todo]):
         raise UserError(problem)
     load_autoencoder(missing[0].job.config.autoencoder, torch.device("cpu"))
-    refuse_slurm(missing)
+    refuse_scripts(missing)
     _submit([one for one in todo if one.missing])
 
 
