@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.cluster import drills
+from tests.cluster import common
 from tests.cluster.slurm import free_ports
 from tests.conftest import ENVIRONMENT, ROOT
 
@@ -37,8 +37,12 @@ class Ranks:
         """Whether one of them has."""
         return any(process.poll() is not None for process in self.processes)
 
+    def run_until(self, run: Path, step: int) -> None:
+        """Return once the run's records have come to ``step``, or a rank has ended."""
+        common.wait(lambda: self.ended() or common.step(run) >= step, f"step {step} of {run}")
+
     def wait(self) -> tuple[list[int], str]:
-        """(codes, all that was printed) once all have ended. Those left behind by a dead rank must end by themselves."""
+        """(codes, all that was printed) once all have ended; those that a dead rank left behind, by themselves."""
         try:
             outputs = [process.communicate(timeout=120)[0] for process in self.processes]
         finally:
@@ -53,10 +57,9 @@ class Ranks:
 
 def kill_at_random(ranks: Ranks, run: Path, chance: random.Random, *, saving: bool) -> bool:
     """Kill one rank or all after a random step, or while a checkpoint is written. Returns whether it met them alive."""
-    after = drills.step(run) + chance.randint(1, drills.STEPS)
-    drills.wait(lambda: ranks.ended() or drills.step(run) >= after, f"step {after} of {run}")
+    ranks.run_until(run, common.step(run) + chance.randint(1, common.STEPS))
     if saving:
-        drills.wait(lambda: ranks.ended() or drills.is_saving(run), f"a save of {run}", every=0.0002)
+        common.wait(lambda: ranks.ended() or common.is_saving(run), f"a save of {run}", every=0.0002)
     else:
         time.sleep(chance.uniform(0, 0.03))
     alive = not ranks.ended()

@@ -47,7 +47,7 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=6
 KillWait=5
 OverTimeLimit=0
 MinJobAge=3600
@@ -113,6 +113,14 @@ class Slurm:
         self._ask(f"on {node}")
         self._await_nodes(node)
 
+    def mount(self, folder: Path, size: str) -> None:
+        """Put a file system of its own over an empty folder, until ``unmount`` or the end of the cluster."""
+        self._ask(f"mount {folder} {size}")
+
+    def unmount(self, folder: Path) -> None:
+        """Take it away with all that is in it."""
+        self._ask(f"unmount {folder}")
+
     def close(self) -> None:
         """End every daemon, job and task."""
         assert self._keeper.stdin is not None
@@ -159,6 +167,7 @@ class Keeper:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.mounted: list[str] = []
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         (folder / "state").mkdir(parents=True)
         key = folder / "munge.key"
@@ -198,9 +207,23 @@ class Keeper:
         """Do as asked until nobody is there to ask."""
         print("done", flush=True)
         for line in sys.stdin:
-            what, node = line.split()
-            {"on": self.on, "off": self.off}[what](node)
+            what, *arguments = line.split()
+            {"on": self.on, "off": self.off, "mount": self.mount, "unmount": self.unmount}[what](*arguments)
             print("done", flush=True)
+
+    def mount(self, folder: str, size: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "drill", folder], check=True)
+        self.mounted.append(folder)
+
+    def unmount(self, folder: str) -> None:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # lazy: a process may still stand in it
+        self.mounted.remove(folder)
+
+    def close(self) -> None:
+        """End every descendant and leave no mount."""
+        self.end(lambda pid: True)
+        for folder in list(self.mounted):
+            self.unmount(folder)
 
 
 def descendants() -> list[int]:
@@ -247,4 +270,4 @@ if __name__ == "__main__":
     try:
         keeper.serve()
     finally:
-        keeper.end(lambda pid: True)
+        keeper.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import drills
+from tests.cluster import common
 from tests.cluster.plain import Ranks, kill_at_random
 
 MODEL = "model=dit"  # the quicker one; test_slurm.py has both
@@ -22,12 +22,12 @@ def train(words: list[str], world: int = 2) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("plain")
-    train(drills.words(world, runs, "undisturbed", MODEL))
+    train(common.words(world, runs, "undisturbed", MODEL))
     return runs / "undisturbed"
 
 
 def test_killed_at_random_moments_it_goes_on_bit_for_bit(undisturbed: Path, world: Any) -> None:
-    words, run = drills.words(world, undisturbed.parent, "killed", MODEL), undisturbed.parent / "killed"
+    words, run = common.words(world, undisturbed.parent, "killed", MODEL), undisturbed.parent / "killed"
     chance = random.Random(0)
     for saving in (False, True, True):
         ranks = Ranks(words)
@@ -35,19 +35,18 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(undisturbed: Path, worl
         codes, output = ranks.wait()
         assert alive and 0 not in codes, output
     train(words)
-    assert not drills.differences(run, undisturbed)
+    assert not common.differences(run, undisturbed)
 
 
 def test_one_rank_for_a_while_changes_the_losses_by_rounding(undisturbed: Path, world: Any) -> None:
-    words, run = drills.words(world, undisturbed.parent, "elastic", MODEL), undisturbed.parent / "elastic"
+    words, run = common.words(world, undisturbed.parent, "elastic", MODEL), undisturbed.parent / "elastic"
     for world_size in (2, 1):
         ranks = Ranks(words, world_size)
-        after = drills.step(run) + drills.STEPS // 2
-        drills.wait(lambda: ranks.ended() or drills.step(run) >= after, f"step {after} of {run}")
+        ranks.run_until(run, common.step(run) + common.STEPS // 2)
         ranks.kill(*range(world_size))
         assert 0 not in ranks.wait()[0]
     train(words)
-    ours, theirs = drills.history(run), drills.history(undisturbed)
+    ours, theirs = common.history(run), common.history(undisturbed)
     assert [record[:4] for record in ours] == [record[:4] for record in theirs]
     for (*where, loss, _), (*_, loss_, _) in zip((r[:6] for r in ours), (r[:6] for r in theirs), strict=True):
         assert loss == (loss_ if loss_ is None else pytest.approx(loss_, rel=1e-5)), where

@@ -1,4 +1,4 @@
-"""What the drills share: a tiny training of three stages, the moments to disturb it at, and the comparison at the end."""
+"""What the drills share: a tiny training of three stages, moments to disturb it at, and the comparison at the end."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def is_saving(run: Path) -> bool:
     """Whether a checkpoint is being written."""
     for stage in STAGES:
         with suppress(FileNotFoundError):
-            if any(name.startswith(".saving_") for name in os.listdir(run / "checkpoints" / stage)):
+            if any(path.name.startswith(".saving_") for path in (run / "checkpoints" / stage).iterdir()):
                 return True
     return False
 
@@ -101,12 +101,9 @@ def differences(run: Path, reference: Path) -> list[str]:
     found = []
     ours, theirs = history(run), history(reference)
     if ours != theirs:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-        )
-        found.append(
-            f"{len(ours)} records, not {len(theirs)}; record {at}: {ours[at : at + 2]}, not {theirs[at : at + 2]}"
-        )
+        both = enumerate(zip(ours, theirs, strict=False))
+        at = next((i for i, (a, b) in both if a != b), min(len(ours), len(theirs)))
+        found.append(f"{len(ours)} records, not {len(theirs)}; number {at} is {ours[at:][:1]}, not {theirs[at:][:1]}")
     for stage in STAGES:
         here, there = tensors(run, stage), tensors(reference, stage)
         if here.keys() != there.keys():
