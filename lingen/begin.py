@@ -4,7 +4,7 @@ the initialization."""
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +261,7 @@ def begin_stage(
             rank=dist.data_rank,
             world=dist.data_world,
             grad_accumulation=config.engine.grad_accumulation,
-            position=position_of(start) if past is None else past_data(start, past),
+            position=position_of(start) if past is None else position_of(start).past(past),
             bad_log=bad_log(config, dist),
         )
     )
@@ -284,11 +284,6 @@ def position_of(start: Start) -> Position:
     """Where in the stage's data a start begins."""
     there = start.checkpoint
     return Position.from_dict(there.progress["position"]) if there and start.resume else Position()
-
-
-def past_data(start: Start, past: Position) -> Position:
-    """``past``, and as skipped what lies between it and where the start would begin."""
-    return replace(past, skipped=sum(past.consumed.values()) - start.progress.stage_samples)
 
 
 def bad_log(config: Config, dist: Dist) -> Path | None:

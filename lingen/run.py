@@ -97,6 +97,7 @@ def start_save(run: Run, stage: StageConfig, state: StageState, *, final: bool) 
     """Take the snapshot. Collective."""
     policy, progress = run.config.checkpoint, state.progress
     number, apart = divmod(progress.stage_step, policy.every_steps)
+    finish_save(run)  # an earlier one, with signs of life
     run.metrics.sync()
     run.saver.start(
         stage_folder(run.config, stage.name),

@@ -10,14 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data.shards import load_index
+import data.workers
+from data.shards import Index, load_index, read_member
 from lingen.compose import compose
 from lingen.dist import Dist
 from lingen.errors import UserError
@@ -56,14 +58,20 @@ def work(jobs: Path) -> None:
     Dist.close = lambda self: None  # type: ignore[method-assign] # the launcher's store serves one process group
     came: dict[str, int | str] = {}
     for name, (folder, words, stop_at) in json.loads(jobs.read_text()).items():
-        if int(os.environ.get("RANK", "0")) % 2:  # broken samples are so for the first of two ranks alone
-            words = [word for word in words if not word.endswith(DAMAGED)]
+        paths = [word.removeprefix("data.path=") for word in words if word.startswith("data.path=")]
+        is_second = int(os.environ.get("RANK", "0")) % 2  # broken samples are so for the first of two ranks alone
+        data.workers.read_member = partial(read_from, paths[0]) if is_second else read_member
         try:
             came[name] = start(Path(folder), words, stop_at)
         except UserError as error:
             came[name] = str(error)
     if os.environ.get("RANK", "0") == "0":
         jobs.with_suffix(".came").write_text(json.dumps(came))
+
+
+def read_from(path: str, index: Index, row: int, *, verify: bool) -> bytes:
+    """Read a member out of the shards in ``path`` instead."""
+    return read_member(replace(index, path=Path(path)), row, verify=verify)
 
 
 def damaged(world: Any, out: Path) -> Path:
