@@ -24,7 +24,7 @@ groups:"""
 
 def usage() -> str:
     """The usage, with the choices of every group of conf/."""
-    groups = sorted(folder for folder in CONF_DIR.iterdir() if folder.is_dir())
+    groups = sorted(folder for folder in CONF_DIR.iterdir() if folder.is_dir() and folder.name != "cluster")
     return "\n".join([USAGE, *(f"  {g.name}: {', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups)])
 
 
