@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -35,6 +35,7 @@ class Networks:
     text: TextEncoder
     device: torch.device
     dtype: torch.dtype  # of the model's activations
+    _flops: dict[tuple[int, int, int], int] = field(default_factory=dict, init=False, repr=False)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -49,7 +50,9 @@ class Networks:
 
     def forward_flops(self, grid: tuple[int, int, int]) -> int:
         """FLOPs of the model's forward for one sample of ``grid`` = (T, H, W) tokens."""
-        return int(self.model.flops(grid, self.text.length))
+        if grid not in self._flops:  # counted layer by layer, which takes half a millisecond
+            self._flops[grid] = int(self.model.flops(grid, self.text.length))
+        return self._flops[grid]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ memory    predicted memory of training on each published stage; measure=true: of
 scan      the scan's CPU time per token at 1k to 64k tokens, against full attention of the same width, and against the
           torch scans of mamba-ssm and transformers
 import    the wall time of ``import lingen`` and of importing the training loop
+loop      what keeping a run alive costs: the loop's own work a step, a resume, an index, checkpoints beside training
 demo      the wall time and the peak memory of ``make demo``, without installation
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lingen.bench import ablation, block, demo, flops, imports, latency, memory, scan
+from lingen.bench import ablation, block, demo, flops, imports, latency, loop, memory, scan
 from lingen.compose import parse
 from lingen.errors import UserError, nearest, run_main
 
@@ -32,6 +33,7 @@ BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], object]]] = {
     "memory": (memory.MemoryWords, memory.run),
     "scan": (scan.ScanWords, scan.run),
     "import": (imports.ImportWords, imports.run),
+    "loop": (loop.LoopWords, loop.run),
     "demo": (demo.DemoWords, demo.run),
 }
 
