@@ -119,9 +119,15 @@ def refuse_other_writer(run: Path, ours: set[str]) -> None:
     found = lease.read(run / lease.LEASE)
     if found is None or (found.holder is not None and found.holder.job in ours):
         return
-    age = time.time() - found.path.stat().st_mtime
+    try:
+        age = time.time() - found.path.stat().st_mtime
+    except FileNotFoundError:
+        return  # released just now
     if age < lease.EXPIRY_S:
-        raise UserError(f"{run} is written by {found}, {age:.0f} s ago; end that first, or choose another name")
+        raise UserError(
+            f"{run} is written by {found}, {max(0.0, age):.0f} s ago; end that, wait {lease.EXPIRY_S:g} s where it has "
+            "died, or choose another name"
+        )
 
 
 def refuse_nodes(planned: list[PlannedJob]) -> None:

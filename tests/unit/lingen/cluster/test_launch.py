@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lingen import lease
 from lingen.cluster import status
 from lingen.cluster.record import StageRecord, read_chain, write_stage
 from lingen.cluster.submit import launch
 from lingen.errors import UserError
+from lingen.lease import Lease
 
 RUN = Path("runs/a")
 
@@ -184,10 +188,28 @@ def test_a_run_folder_that_is_none_or_another_experiment(fake: Any, words: Any) 
     assert "runs/a holds a run with seed=7, not 0" in refused(words)
 
 
-def test_a_run_that_another_process_writes(fake: Any, words: Any) -> None:
-    RUN.mkdir(parents=True)
-    (RUN / "lease.json").write_text("{}")
-    assert "runs/a is written by a holder unknown" in refused(words)
+def test_a_start_from_another_architecture(fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("other/step_00000008").mkdir(parents=True)
+    there = SimpleNamespace(architecture={"model": {"name": "dit"}})
+    monkeypatch.setattr("lingen.cluster.checks.read_manifest", lambda _: there)
+    message = refused(words, "init_from=other")
+    assert "init_from=other: other/step_00000008 holds another architecture" in message and "model.name=dit" in message
+
+
+def test_a_run_that_another_process_writes(fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    held = Lease.take(RUN)
+    found = lease.read(RUN / "lease.json")
+    held.release()
+    assert found is not None
+    found.path.write_bytes(found.raw)  # without the thread that renews it
+    assert f"runs/a is written by {found}" in refused(words)
+    os.utime(found.path, (0, 0))  # dead for long
+    launch(words.plan("until=demo_image"))
+    os.utime(found.path)
+    fake.set("queue", "11|RUNNING|None|n1")  # it is the chain's own job 11 that writes
+    launch(words.plan())
+    assert len(submissions(fake)) == 2
 
 
 def test_the_status_of_a_chain(fake: Any, words: Any, capsys: pytest.CaptureFixture[str]) -> None:
