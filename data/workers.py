@@ -5,9 +5,11 @@ Shapes: B samples of a micro-batch, F frames, H height, W width.
 
 from __future__ import annotations
 
+import atexit
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -44,8 +46,25 @@ class Hole:
     detail: str
 
 
+Batches = Generator[tuple[Batch, list[Hole]], None, None]
+_under_way: WeakSet[Batches] = WeakSet()
+
+
 def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tuple[Batch, list[Hole]]]:
     """The jobs' batches, in the order of the jobs, from ``data.workers`` processes. They end with the iterator."""
+    batches = _decode(index, data, jobs)
+    _under_way.add(batches)
+    return batches
+
+
+@atexit.register
+def _end_workers() -> None:
+    """What a crash's traceback still holds: multiprocessing would wait for ever for workers that ignore its SIGTERM."""
+    for batches in list(_under_way):
+        batches.close()
+
+
+def _decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
     loader = DataLoader(
         _Decoder(index, data.verify_checksums),
         batch_size=None,

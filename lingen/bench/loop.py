@@ -293,9 +293,8 @@ def measure_resume(world: World, words: LoopWords) -> dict[str, Any]:
         finally:
             process.kill()
         if process.returncode != EXIT_PREEMPTED:
-            raise UserError(
-                f"train.py ended with code {process.returncode}: {(said.strip().splitlines() or ['no message'])[-1]}"
-            )
+            last = (said.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"train.py ended with code {process.returncode}: {last}")
         steps = max(now, last_step(metrics))
     first, *resumed = seconds
     most, middle = max(resumed), statistics.median(resumed)
@@ -336,10 +335,7 @@ def write_index(folder: Path, samples: int) -> None:
     columns: dict[str, list[Any]] = {
         "key": [f"folder/{n:09d}" for n in rows],
         "caption": [f"a red circle moving left on a plain background, number {n}" for n in rows],
-        "frames": [17] * samples,
-        "fps": [8.0] * samples,
-        "height": [256] * samples,
-        "width": [448] * samples,
+        **{name: [value] * samples for name, value in (("frames", 17), ("fps", 8.0), ("height", 256), ("width", 448))},
         "bytes": [40_000 + n % 1000 for n in rows],
         "shard": [n // each for n in rows],
         "offset": [n % each * room + 512 for n in rows],

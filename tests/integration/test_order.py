@@ -10,6 +10,8 @@ import json
 import os
 import random
 import struct
+import subprocess
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from data.buckets import bucket_of_step, eligible, epoch_order, split, starts, s
 from data.pipeline import Position, StageLoader, shape_of
 from data.shards import Index
 from lingen.config import BucketConfig, DataConfig, StageConfig
+from tests.conftest import ENVIRONMENT, ROOT
 
 SEED, STEPS = 11, 120
 SIZE = 16  # bytes of a member
@@ -201,3 +204,22 @@ def test_the_end_of_an_epoch_costs_what_its_beginning_costs(tmp_path: Path, monk
             assert len(reads) == BUCKETS[0].batch_size
     best = {place: min(times) for place, times in seconds.items()}
     assert max(best.values()) < 1.5 * best["beginning"] + 0.01, best
+
+
+CRASH = """
+import sys
+from pathlib import Path
+from data.pipeline import StageLoader
+from tests.integration.test_order import STAGE, data_config, make_index
+index = make_index(Path(sys.argv[1]), 200)
+steps = iter(StageLoader(index, STAGE, data_config(workers=1), seed=0, rank=0, world=1, grad_accumulation=1))
+next(steps)
+raise ValueError("a bug")
+"""
+
+
+def test_a_crash_ends_although_its_workers_ignore_signals(tmp_path: Path) -> None:
+    """The traceback holds the steps until the end of the process, which must come."""
+    command, environment = [sys.executable, "-c", CRASH, str(tmp_path)], os.environ | ENVIRONMENT
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: a bug"
