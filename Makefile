@@ -1,7 +1,7 @@
 # make demo: train LinGen and DiT through three stages, compare, sample. make test: lint is separate (make lint).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format gpu-check clean
+.PHONY: help demo test drill lint format gpu-check clean
 
 # Python 3.11 or 3.12: PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -14,6 +14,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo       train both models on the rendered world, compare them, sample from them (minutes, CPU)"
 	@echo "make test       run the tests"
+	@echo "make drill      kill, preempt and starve KILLS=40 times what trains, and compare the ends; SEED=0 chooses when"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 	@echo "make gpu-check  measure both models on one 80 GB GPU (9 minutes) with CHECK_PYTHON=python3; installs nothing"
@@ -41,6 +42,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Under a Slurm of its own where slurm-wlm and munge are installed and we are root, else with plain processes.
+KILLS ?= 40
+SEED ?= 0
+drill: $(READY)
+	$(BIN)/python -m tests.cluster.drill kills=$(KILLS) seed=$(SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

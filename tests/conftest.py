@@ -25,21 +25,22 @@ os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", MAMBA_DETERMINISTIC
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def run_python(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``python WORDS...`` from the repository's root with the tests' environment, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 @pytest.fixture(scope="session")
 def python() -> Command:
-    """Run ``python WORDS...`` from the repository's root with the tests' environment, and return what it printed."""
-
-    def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT | (env or {}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
+    """``run_python``."""
+    return run_python
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,20 @@ class World:
         return ["debug=smoke", f"data.path={self.shards}", f"autoencoder.path={self.autoencoder}"]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, python: Command) -> World:
+def make_world(folder: Path) -> World:
     """64 clips of 17 frames and 64 images, at 64 x 64 pixels, in shards, with a fitted autoencoder."""
-    folder = tmp_path_factory.mktemp("world")
     made = World(folder / "clips", folder / "shards", folder / "autoencoder.safetensors")
     for words in (
         ("-m", "data.synthetic", f"out={made.clips}", "clips=64", "images=64", "size=64", "frames=17", "fps=8"),
         ("scripts/make_shards.py", f"input={made.clips}", f"output={made.shards}", "samples_per_shard=16"),
         ("scripts/fit_autoencoder.py", f"data={made.shards}", f"out={made.autoencoder}"),
     ):
-        done = python(*words)
+        done = run_python(*words)
         assert done.returncode == 0, done.stderr
     return made
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """``make_world``, once."""
+    return make_world(tmp_path_factory.mktemp("world"))

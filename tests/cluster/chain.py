@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,15 +108,30 @@ class Chain:
                     found[int(place[0])] = int(path.parent.name)
         return found
 
-    def wait(self, stage: str, what: str, condition: Any, seconds: float = 120) -> None:
-        """Return once ``condition`` holds; the stage's job may neither end nor come to nothing before."""
+    def comes(self, stage: str, what: str, condition: Callable[[], bool], seconds: float = 120) -> bool:
+        """Wait for ``condition``. False where the stage's job came to its end before.
+
+        Raises:
+            AssertionError: the job failed, or neither happened.
+        """
         until, looked = time.monotonic() + seconds, 0.0
         while not condition():
             if time.monotonic() - looked > 0.3:
                 state, looked = self.state(stage), time.monotonic()
-                assert state in ACTIVE, f"{stage} is {state} before {what}\n{self.log(stage)}"
+                assert state in (*ACTIVE, "COMPLETED"), f"{stage} is {state} before {what}\n{self.log(stage)}"
+                if state == "COMPLETED":
+                    return condition()
             assert time.monotonic() < until, f"{what}: not within {seconds:g} s\n{self.log(stage)}"
             time.sleep(0.004)
+        return True
+
+    def wait(self, stage: str, what: str, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """The same for what must come.
+
+        Raises:
+            AssertionError: it did not.
+        """
+        assert self.comes(stage, what, condition, seconds), f"{stage} ended before {what}\n{self.log(stage)}"
 
     def at_step(self, stage: str, step: int) -> dict[int, int]:
         """Wait until the stage has just trained at least so many steps of its own. Returns its ranks' processes.

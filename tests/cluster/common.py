@@ -118,7 +118,8 @@ def frozen(pids: Iterable[int]) -> Iterator[None]:
     pids = list(pids)
     try:
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
         yield
     finally:
         for pid in pids:

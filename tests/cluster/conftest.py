@@ -1,4 +1,4 @@
-"""One Slurm for all drills, started when the first of them asks, and said aloud where there is none."""
+"""A Slurm for the drills, and a word about it where there is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.cluster.slurm import Slurm, why_not
 missing: list[str] = []  # why the drills under Slurm were skipped
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A running two-node cluster. Without one the test is skipped, or fails where LINGEN_REQUIRE_SLURM is set."""
     reason = why_not()

@@ -33,6 +33,12 @@ class Ranks:
             for rank in range(world)
         ]
 
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill(*range(len(self.processes)))
+
     def ended(self) -> bool:
         """Whether one of them has."""
         return any(process.poll() is not None for process in self.processes)
@@ -43,10 +49,7 @@ class Ranks:
 
     def wait(self) -> tuple[list[int], str]:
         """(codes, all that was printed) once all have ended; those that a dead rank left behind, by themselves."""
-        try:
-            outputs = [process.communicate(timeout=120)[0] for process in self.processes]
-        finally:
-            self.kill(*range(len(self.processes)))
+        outputs = [process.communicate(timeout=120)[0] for process in self.processes]
         return [process.returncode for process in self.processes], "\n".join(outputs)
 
     def kill(self, *ranks: int) -> None:
@@ -55,13 +58,16 @@ class Ranks:
             self.processes[rank].send_signal(signal.SIGKILL)
 
 
-def kill_at_random(ranks: Ranks, run: Path, chance: random.Random, *, saving: bool) -> bool:
-    """Kill one rank or all after a random step, or while a checkpoint is written. Returns whether it met them alive."""
+def moment(ranks: Ranks, run: Path, chance: random.Random, *, saving: bool) -> bool:
+    """Let some random steps pass, and then come to the next save or some more of a step. Whether all ranks live yet."""
     ranks.run_until(run, common.step(run) + chance.randint(1, common.STEPS))
     if saving:
-        common.wait(lambda: ranks.ended() or common.is_saving(run), f"a save of {run}", every=0.0002)
+        common.wait(lambda: ranks.ended() or common.is_saving(run), f"a save of {run}", every=0.0005)
     else:
         time.sleep(chance.uniform(0, 0.03))
-    alive = not ranks.ended()
-    ranks.kill(*chance.choice([(0,), (1,), (0, 1)]))
-    return alive
+    return not ranks.ended()
+
+
+def victims(chance: random.Random) -> tuple[int, ...]:
+    """One rank, the other or both."""
+    return chance.choice([(0,), (1,), (0, 1)])

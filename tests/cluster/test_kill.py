@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from tests.cluster import common
-from tests.cluster.plain import Ranks, kill_at_random
+from tests.cluster.plain import Ranks, moment, victims
 
 MODEL = "model=dit"  # the quicker one; test_slurm.py has both
 
 
-def train(words: list[str], world: int = 2) -> None:
-    codes, output = Ranks(words, world).wait()
-    assert codes == [0] * world, output
+def train(words: list[str]) -> None:
+    with Ranks(words) as ranks:
+        codes, output = ranks.wait()
+    assert codes == [0, 0], output
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,10 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(undisturbed: Path, worl
     words, run = common.words(world, undisturbed.parent, "killed", MODEL), undisturbed.parent / "killed"
     chance = random.Random(0)
     for saving in (False, True, True):
-        ranks = Ranks(words)
-        alive = kill_at_random(ranks, run, chance, saving=saving)
-        codes, output = ranks.wait()
+        with Ranks(words) as ranks:
+            alive = moment(ranks, run, chance, saving=saving)
+            ranks.kill(*victims(chance))
+            codes, output = ranks.wait()
         assert alive and 0 not in codes, output
     train(words)
     assert not common.differences(run, undisturbed)
@@ -41,10 +43,11 @@ def test_killed_at_random_moments_it_goes_on_bit_for_bit(undisturbed: Path, worl
 def test_one_rank_for_a_while_changes_the_losses_by_rounding(undisturbed: Path, world: Any) -> None:
     words, run = common.words(world, undisturbed.parent, "elastic", MODEL), undisturbed.parent / "elastic"
     for world_size in (2, 1):
-        ranks = Ranks(words, world_size)
-        ranks.run_until(run, common.step(run) + common.STEPS // 2)
-        ranks.kill(*range(world_size))
-        assert 0 not in ranks.wait()[0]
+        with Ranks(words, world_size) as ranks:
+            ranks.run_until(run, common.step(run) + common.STEPS // 2)
+            ranks.kill(*range(world_size))
+            codes, output = ranks.wait()
+        assert 0 not in codes, output
     train(words)
     ours, theirs = common.history(run), common.history(undisturbed)
     assert [record[:4] for record in ours] == [record[:4] for record in theirs]
