@@ -222,4 +222,4 @@ def test_a_crash_ends_although_its_workers_ignore_signals(tmp_path: Path) -> Non
     """The traceback holds the steps until the end of the process, which must come."""
     command, environment = [sys.executable, "-c", CRASH, str(tmp_path)], os.environ | ENVIRONMENT
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: a bug"
+    assert done.returncode == 1 and "ValueError: a bug" in done.stderr.splitlines()
