@@ -66,7 +66,8 @@ def tables_of(config: Config, index_fingerprint: str) -> dict[str, Table]:
 
 def code() -> Table:
     """The digest of each source file, and the versions of what it runs on."""
-    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    found = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    paths = [path for path in found if not path.name.startswith(".")]  # an editor's, such as Emacs' lock, a dead link
     files = {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES} | files
 

@@ -151,6 +151,7 @@ def test_all_sources_count_and_nothing_else(tmp_path: Path, monkeypatch: pytest.
     source = tmp_path / "lingen" / "deep" / "a.py"
     source.write_text("a = 1")
     source.with_suffix(".pyc").touch()
+    source.with_name(".#a.py").symlink_to("somebody@somewhere.1")  # Emacs, while they write
     before = code()
     assert before.keys() - versions == {"lingen/deep/a.py"}
     source.write_text("a = 2")
