@@ -206,6 +206,12 @@ def back_at(config: Config, stage: StageConfig, start: Start, dist: Dist) -> Sta
     return target
 
 
+def got_on(start: Start, newest: Start) -> bool:
+    """Whether a step was taken between two starts of a stage: a checkpoint amid refused steps is no progress."""
+    refused: int = newest.checkpoint.progress["guard"]["in_a_row"] if newest.checkpoint and newest.resume else 0
+    return newest.progress.step - start.progress.step > refused
+
+
 def beginning(start: Start, dist: Dist) -> Start:
     """Where the stage that ``start`` is in began. Collective.
 

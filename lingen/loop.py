@@ -28,6 +28,7 @@ from lingen.begin import (
     back_at,
     begin_stage,
     find_start,
+    got_on,
     load_inputs,
     open_init,
     unfinished,
@@ -173,7 +174,7 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
         finally:
             state.networks.engine.close()  # else the next stage's would stand beside it in memory
         newest = back_at(run.config, stage, start, run.dist)
-        returns = returns + 1 if newest.progress == start.progress else 1
+        returns = 1 if got_on(start, newest) else returns + 1
         start = newest
         refuse_going_in_circles(run, stage, start, returns, refusal)
 

@@ -119,9 +119,10 @@ def test_a_run_that_went_back_resumes_as_if_undisturbed(start: Start, order: Any
 
 def test_without_a_checkpoint_the_stage_begins_again_past_the_data(start: Start, order: Any, poison: Any) -> None:
     poison({order[n][0] for n in (0, 1, 2)})
-    run = start()
+    run = start("validation.every_steps=8")
     (back,) = lines(run, "rollback")
     assert back["step"] == 0 and back["skipped"] == 12
+    assert [(r["step"], r["at"]) for r in lines(run, "validation")] == [(0, "start"), (8, "interval"), (12, "end")]
     assert [step for step, *_ in trained(run)] == list(range(1, 13)) and len(lines(run, "transfer")) == 1
 
 
@@ -143,6 +144,13 @@ def test_going_back_ends_where_it_does_not_help(start: Start, order: Any, poison
         UserError, match=r"went back to step 0 guard\.rollbacks=2 times .*3 steps refused in a row.*lr="
     ):
         start("guard.rollbacks=2")
+
+
+def test_a_checkpoint_amid_refused_steps_is_no_progress(start: Start, order: Any, poison: Any, tmp_path: Path) -> None:
+    poison({f"image-{n:05d}" for n in range(64)}.difference(*order[:3]))
+    with pytest.raises(UserError, match=r"went back to step 10 guard\.rollbacks=3 times"):
+        start("checkpoint.every_steps=2")  # fewer than guard.in_a_row
+    assert [r["step"] for r in lines(tmp_path / "run", "rollback")] == [4, 6, 8]
 
 
 def test_a_spike_is_left_out_where_the_configuration_says_so(start: Start) -> None:
