@@ -220,6 +220,24 @@ def test_a_holder_that_lets_go_while_it_is_watched(tmp_path: Path, monkeypatch: 
     held.release()
 
 
+def test_a_file_system_that_hangs_is_no_sign_of_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / LEASE
+    there, looks = write(path, host="far"), 0
+
+    def read_late(asked: Path) -> lease.Found | None:
+        nonlocal looks
+        found = read(asked)
+        looks += asked == path
+        if looks == 2:  # the first look at its beat; the holder hangs as long, and then goes on
+            time.sleep(1.5 * lease.EXPIRY_S)
+            path.write_text(json.dumps(there | {"beat": "1"}))
+        return found
+
+    monkeypatch.setattr(lease, "read", read_late)
+    with pytest.raises(UserError, match="is written by far"):
+        Lease.take(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("job", "restart", "at_once"), [("17", 0, True), ("17", 1, False), ("17", 2, False), ("16", 0, False)]
 )
@@ -325,6 +343,9 @@ def test_a_folder_that_cannot_hold_a_lease_is_named(tmp_path: Path, monkeypatch:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run cannot hold a lease: Not a directory; name a folder"):
         Lease.take(tmp_path / "file" / "run")
+    (tmp_path / LEASE).symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot hold a lease: lease\.json is a link that leads nowhere"):
+        Lease.take(tmp_path)
 
     def link(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
