@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         checkpoint.sweep(folder, dist)
         newest = checkpoint.latest(folder, dist)
         if newest is not None:
-            refuse_other_lineage(config, stages[:number], newest)
+            dist.together(partial(refuse_other_lineage, config, stages[:number], newest))  # each reads the disk itself
             refuse_reopening(stages[number], newest)
             start = Start(newest, resume=not newest.manifest.final)
             remaining = stages[number + newest.manifest.final :]
@@ -111,7 +112,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         if start.resume:
             refuse_other_data(start.checkpoint, config.data.path, inputs.index)
     if remaining:
-        refuse_cutting_off(config, start)
+        dist.together(partial(refuse_cutting_off, config, start))
     return remaining, start
 
 

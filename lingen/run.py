@@ -84,6 +84,7 @@ def save_final(run: Run, stage: StageConfig, state: StageState) -> Path:
     start_save(run, stage, state, final=True)
     folder = finish_save(run)
     assert folder is not None
+    run.watchdog.beat(f"exporting {stage.name}")
     export_finished(run.config, run.dist)
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 import lingen.loop
 import lingen.records
+import lingen.run
 import lingen.step
 from lingen.compose import compose
 from lingen.errors import UserError
@@ -24,6 +26,7 @@ WORDS = [
     "~stages.demo_video_128", "~stages.demo_video", "validation.every_steps=0", "checkpoint.every_steps=4", "model=dit",
     "stages.demo_image.samples=48", "stages.demo_image.buckets.0.batch_size=4",
 ]  # fmt: skip
+VIDEO = "[{frames: 9, height: 32, width: 32, batch_size: 4}]"
 Start = Callable[..., Path]
 
 
@@ -160,10 +163,34 @@ def test_a_spike_is_left_out_where_the_configuration_says_so(start: Start) -> No
     assert not lines(start(name="plain"), "refused")
 
 
+def test_each_long_part_of_a_run_begins_with_a_sign_of_life(
+    start: Start, order: Any, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison({order[n][0] for n in (5, 6, 7)})
+    events = ["beat"]  # the watchdog's start is one
+    watchdog = SimpleNamespace(beat=lambda doing: events.append("beat"), stop=lambda: None)
+    monkeypatch.setattr(lingen.loop, "Watchdog", lambda *args: watchdog)
+
+    def told(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **rest: (events.append(name), real(*args, **rest))[1])
+
+    told(lingen.loop.Lease, "take")
+    for name in ("prepare", "find_start", "begin_stage", "take_step", "back_at"):
+        told(lingen.loop, name)
+    told(lingen.loop.checkpoint, "open_checkpoint")
+    for module in (lingen.loop, lingen.run):
+        told(module, "export_finished")
+    start("stages.demo_image.samples=32", base=[*WORDS[:1], *WORDS[2:], f"stages.demo_video.buckets={VIDEO}"])
+    parts = [event for event in events if event != "beat"]
+    assert {"prepare", "take", "find_start", "export_finished", "begin_stage", "back_at"} < set(parts)
+    assert not [pair for pair in pairwise(events) if "beat" not in pair]
+
+
 CHAIN = [
     "~stages.demo_video_128", "validation.every_steps=2", "checkpoint.every_steps=2", "model=dit",
     "stages.demo_image.samples=16", "stages.demo_image.buckets.0.batch_size=4", "stages.demo_video.samples=16",
-    "stages.demo_video.buckets=[{frames: 9, height: 32, width: 32, batch_size: 4}]",
+    f"stages.demo_video.buckets={VIDEO}",
 ]  # fmt: skip
 
 
