@@ -126,7 +126,7 @@ def test_a_finished_stage_is_not_made_longer(start: Start) -> None:
         start("stages.demo_video.samples=32")
 
 
-def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start) -> None:
+def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     run = start()
     shutil.rmtree(run / "export")
     (shard,) = (run / "checkpoints" / "demo_image" / "step_00000004").glob("*.safetensors")
@@ -135,6 +135,7 @@ def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start) -> N
     shard.write_bytes(content)
     start()
     assert not (run / "export" / "demo_image").exists() and (run / "export" / "demo_video").exists()
+    assert f"demo_image is not exported: {shard.parent}: {shard.name} does not have" in capsys.readouterr().err
     with pytest.raises(UserError, match="not a whole checkpoint"):
         load_trained(run / "checkpoints" / "demo_image")
 
@@ -185,6 +186,10 @@ def test_a_missing_export_is_made_by_the_next_start(start: Start) -> None:
     shutil.rmtree(run / "export")
     start()
     assert load_trained(run).config.stages.keys() == {"demo_video"}
+    for part in ("model.safetensors", "config.yaml"):
+        (run / "export" / "demo_video" / part).unlink()
+        start()
+        assert load_trained(run / "export" / "demo_video").config.stages.keys() == {"demo_video"}
 
 
 def test_a_stage_made_shorter_than_its_checkpoint_is_finished(start: Start) -> None:
