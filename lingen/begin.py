@@ -198,10 +198,10 @@ def back_at(config: Config, stage: StageConfig, start: Start, dist: Dist) -> Sta
     Not one that a signal left: where a run goes back to must not depend on signals.
 
     Raises:
-        UserError: there is none, and what the stage began with is gone.
+        UserError: there is none, and what the stage began with is gone; or each one is damaged.
     """
     folder = stage_folder(config, stage.name)
-    regular = checkpoint.latest(folder, dist, only=checkpoint.is_regular)
+    regular = checkpoint.latest(folder, dist, only=checkpoint.may_be_regular)
     target = beginning(start, dist) if regular is None else Start(regular, resume=True)
     checkpoint.discard_after(folder, target.progress.step, dist)
     return target

@@ -105,12 +105,12 @@ def discard_after(stage_dir: Path, step: int, dist: Dist) -> None:
     dist.together(remove)
 
 
-def is_regular(folder: Path) -> bool:
-    """Whether a checkpoint was saved where the schedule says; not where that cannot be read."""
+def may_be_regular(folder: Path) -> bool:
+    """Whether a checkpoint was saved where the schedule says. True where that cannot be read: ``latest`` tells of it."""
     try:
         return parse_manifest(folder).regular
     except Damaged:
-        return False
+        return True
 
 
 def open_checkpoint(path: Path, dist: Dist) -> Checkpoint:

@@ -20,6 +20,7 @@ from lingen.compose import compose
 from lingen.errors import UserError
 from lingen.export import load_trained
 from lingen.loop import train
+from lingen.runfolder import stage_folder
 from tests.runs import Signal, lines
 
 WORDS = [
@@ -139,6 +140,35 @@ def test_a_return_to_the_beginning_does_not_depend_on_signals(start: Start, orde
     assert trained(run) == trained(whole) and lines(run, "rollback")[0]["step"] == 0
     weights = load_trained(run).weights
     assert all(weight.equal(weights[name]) for name, weight in load_trained(whole).weights.items())
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("part", ["*.safetensors", "manifest.json"])
+def test_a_return_does_not_pass_over_a_damaged_checkpoint_silently(
+    start: Start,
+    order: Any,
+    poison: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    part: str,
+    keep_last: int,
+) -> None:
+    poison({order[n][0] for n in (6, 7, 8)})
+    back_at = lingen.loop.back_at
+
+    def damaged(config: Any, stage: Any, *rest: Any) -> Any:
+        (path,) = stage_folder(config, stage.name).glob(f"step_00000006/{part}")
+        path.write_bytes(path.read_bytes()[:-9])
+        return back_at(config, stage, *rest)
+
+    monkeypatch.setattr(lingen.loop, "back_at", damaged)
+    words = ["checkpoint.every_steps=3", f"checkpoint.keep_last={keep_last}"]
+    if keep_last == 1:
+        with pytest.raises(UserError, match=r"has checkpoints but none can be loaded \(step_00000006"):
+            start(*words)
+    else:
+        assert lines(start(*words), "rollback")[0]["step"] == 3
+    assert "CHECKPOINT DAMAGED" in capfd.readouterr().err
 
 
 def test_going_back_ends_where_it_does_not_help(start: Start, order: Any, poison: Any) -> None:
