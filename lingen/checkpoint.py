@@ -106,7 +106,7 @@ def discard_after(stage_dir: Path, step: int, dist: Dist) -> None:
 
 
 def may_be_regular(folder: Path) -> bool:
-    """Whether a checkpoint was saved where the schedule says. True where that cannot be read: ``latest`` tells of it."""
+    """Whether a checkpoint was saved where the schedule says; also where nobody can tell, for ``latest`` to say so."""
     try:
         return parse_manifest(folder).regular
     except Damaged:
