@@ -216,6 +216,9 @@ def test_a_broken_sample_is_masked_and_named_and_the_run_goes_on(start: Start, w
     named = [json.loads(line) for line in (run / "bad_samples-rank0.jsonl").read_text().splitlines()]
     assert {hole["reason"] for hole in named} == {"wrong checksum"}
     assert any(hole["step"] is None for hole in named) and any(hole["step"] is not None for hole in named)
+    (tmp_path / "full" / "bad_samples-rank0.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"bad_samples-rank0\.jsonl cannot be written \(Is a directory\)"):
+        start(f"data.path={shards}", "data.max_bad_share=0.5", "data.holdout_share=0.3", name="full")
 
 
 def test_too_many_broken_samples_end_the_run_however_often_it_is_started(
