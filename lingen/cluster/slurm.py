@@ -59,7 +59,12 @@ def test(script: str) -> None:
     """Raises:
     UserError: Slurm would not take the script, and why.
     """
-    _run("sbatch", "--test-only", text=script)
+    try:
+        _run("sbatch", "--test-only", text=script)
+    except UserError as error:
+        # Said of nodes that are down now, too, for which a job may wait. Where it is so for good, submitting says so.
+        if "Requested node configuration is not available" not in str(error):
+            raise
 
 
 def queue(jobs: Iterable[int]) -> dict[int, QueuedJob]:
@@ -94,7 +99,7 @@ def nodes_of(partition: str | None) -> list[Node]:
     Raises:
         UserError: there is no such partition, or no default one.
     """
-    names = _run("sinfo", "--noheader", "--format=%P").split()
+    names = _run("sinfo", "--all", "--noheader", "--format=%P").split()
     known = {name.rstrip("*") for name in names}
     if partition is None:
         default = next((name.rstrip("*") for name in names if name.endswith("*")), None)
@@ -106,7 +111,7 @@ def nodes_of(partition: str | None) -> list[Node]:
     missing = [name for name in partition.split(",") if name not in known]
     if missing:
         raise UserError(f"cluster.partition={missing[0]} does not exist{nearest(missing[0], known)}")
-    answer = _run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%G")
+    answer = _run("sinfo", "--all", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%G")
     nodes = {}
     for line in answer.splitlines():
         name, cpus, gres = line.split("|", 2)
