@@ -111,7 +111,7 @@ def nodes_of(partition: str | None) -> list[Node]:
     missing = [name for name in partition.split(",") if name not in known]
     if missing:
         raise UserError(f"cluster.partition={missing[0]} does not exist{nearest(missing[0], known)}")
-    answer = _run("sinfo", "--all", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%G")
+    answer = _run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%G")
     nodes = {}
     for line in answer.splitlines():
         name, cpus, gres = line.split("|", 2)
