@@ -121,6 +121,7 @@ def train_alone(
     config: Config, inputs: Inputs, dist: Dist, stop: StopSignal, watchdog: Watchdog, lease: Lease | None
 ) -> int:
     """``train``, as the run folder's one writer; ``lease`` is rank 0's."""
+    dist.together(lambda: refuse_other_experiment(config))  # again: another may have written before it let go
     watchdog.beat("checking the newest checkpoint")
     stages, start = find_start(config, inputs, dist)
     watchdog.beat("exporting what is finished")
@@ -179,7 +180,7 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
         finally:
             state.networks.engine.close()  # else the next stage's would stand beside it in memory
         run.watchdog.beat(f"going back in {stage.name}")
-        newest = back_at(run.config, stage, start, run.dist)
+        newest = back_at(run.config, stage, start, state.progress.step, run.dist)
         returns = 1 if got_on(start, newest) else returns + 1
         start = newest
         refuse_going_in_circles(run, stage, start, returns, refusal)

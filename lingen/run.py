@@ -108,6 +108,7 @@ def start_save(run: Run, stage: StageConfig, state: StageState, *, final: bool) 
         progress={
             "progress": progress.as_dict(),
             "position": state.loader.position.as_dict(),
+            "fps": stage.fps,
             "lineage": state.lineage,
             "read": state.read,
             "bad": state.bad,

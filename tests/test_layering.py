@@ -27,8 +27,8 @@ ROWS = (
     ("lingen.checkpoint", "lingen.manifest", "lingen.saver", "lingen.shardfiles", "lingen.export", "lingen.metrics",
      "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory", "lingen.pipeline",
-     "lingen.plan", "lingen.step", "lingen.validation"),
+    ("lingen.begin", "lingen.lineage", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory",
+     "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
     ("lingen.bench", "lingen.cluster", "lingen.comparison"),
     ("scripts", "slurm.launch", "train"),
 )

@@ -160,6 +160,21 @@ def test_a_stage_does_not_go_on_from_another_past(start: Start) -> None:
         start()
 
 
+def test_a_checkpoint_of_another_stage_is_not_taken_for_ones_own(start: Start) -> None:
+    source = start(name="source")
+    other = start(stop_at=2)
+    (there,) = (source / "checkpoints" / "demo_video").glob("step_00000008")
+    shutil.copytree(there, other / "checkpoints" / "demo_image" / there.name)
+    with pytest.raises(UserError, match=r"step_00000008 is a checkpoint of stage demo_video, not of demo_image"):
+        start()
+
+
+def test_another_rate_amid_a_stage_is_refused(start: Start) -> None:
+    start(stop_at=6)
+    with pytest.raises(UserError, match=r"stages\.demo_video\.fps=5, but .* is amid that stage at 8"):
+        start("stages.demo_video.fps=5")
+
+
 def test_another_init_from_under_the_same_name_is_refused(start: Start) -> None:
     first, second = start(name="first"), start("seed=1", name="second")
     words = ["stage=demo_video", "stage.samples=8", f"stage.buckets={VIDEO}"]
