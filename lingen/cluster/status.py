@@ -44,8 +44,11 @@ def find_runs(runs_dir: str, name: str) -> list[Path]:
     """The run folders of ``name`` that hold a chain: itself, or those of its models.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or ``name`` is no run's: an empty one would be all of them.
     """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise UserError(f"name={name}: must be the name that was launched, such as 'demo' or 'demo/lingen'")
     folder = Path(runs_dir).expanduser() / name
     found = [path.parent.parent for path in (folder / "chain" / "chain.json", *folder.glob("*/chain/chain.json"))]
     runs = sorted({run for run in found if (chain_folder(run) / "chain.json").exists()})

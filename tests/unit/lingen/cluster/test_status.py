@@ -93,3 +93,10 @@ def test_cancelling_ends_what_is_queued_and_writes_it_down(
     assert "nothing is queued" in capsys.readouterr().out
     fake.set("queue", "")
     assert [row["state"] for row in status.rows_of([RUN / "lingen"])[str(RUN / "lingen")]] == ["cancelled"] * 2
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/../..", "/"])
+def test_a_name_that_would_be_all_runs(fake: Any, words: Any, name: str) -> None:
+    launch(words.plan())
+    with pytest.raises(UserError, match="must be the name that was launched"):
+        status.find_runs("runs", name)
