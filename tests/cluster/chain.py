@@ -133,27 +133,30 @@ class Chain:
         """
         assert self.comes(stage, what, condition, seconds), f"{stage} ended before {what}\n{self.log(stage)}"
 
+    def started(self, stage: str) -> dict[int, int]:
+        """Wait until both ranks of the stage are there, seconds before their first step. Returns their processes."""
+        self.wait(stage, f"the ranks of {stage}", lambda: len(self.ranks(stage)) == 2)
+        return self.ranks(stage)
+
     def at_step(self, stage: str, step: int) -> dict[int, int]:
         """Wait until the stage has just trained at least so many steps of its own. Returns its ranks' processes.
 
-        Records may be there of an attempt that ended, from beyond its last checkpoint: they do not count.
+        Records of an attempt that ended, from beyond its last checkpoint, do not count: the next one drops them.
         """
-        whole, before = common.STAGES.index(stage) * common.STEPS + step, len(common.records(self.run))
+        ranks, before = self.started(stage), common.version(self.run)
+        whole = common.STAGES.index(stage) * common.STEPS + step
         self.wait(
             stage,
             f"step {step} of {stage}",
-            lambda: (
-                common.step(self.run) >= whole
-                and len(common.records(self.run)) != before
-                and len(self.ranks(stage)) == 2
-            ),
+            lambda: common.step(self.run) >= whole and common.version(self.run) != before,
         )
-        return self.ranks(stage)
+        return ranks
 
     def at_save(self, stage: str) -> dict[int, int]:
         """Wait until the stage is amid a save. Returns its ranks' processes."""
+        ranks = self.started(stage)
         self.wait(stage, f"a save of {stage}", lambda: common.is_saving(self.run))
-        return self.ranks(stage)
+        return ranks
 
     def restarted(self, stage: str, restarts: int) -> None:
         """Wait until the stage's job has been queued again so often, and runs."""

@@ -61,6 +61,15 @@ def step(run: Path) -> int:
     return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
+def version(run: Path) -> tuple[int, int]:
+    """Of metrics.jsonl: another one after each record, and after each start, which drops what it will make again."""
+    try:
+        stat = (run / "metrics.jsonl").stat()
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_ino, stat.st_size
+
+
 def is_saving(run: Path) -> bool:
     """Whether a checkpoint is being written."""
     for stage in STAGES:
