@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 
-from lingen.compose import CONF_DIR, compose
 from lingen.dist import StopSignal
 from lingen.errors import run_main
 
@@ -24,6 +23,8 @@ groups:"""
 
 def usage() -> str:
     """The usage, with the choices of every group of conf/."""
+    from lingen.compose import CONF_DIR
+
     groups = sorted(folder for folder in CONF_DIR.iterdir() if folder.is_dir() and folder.name != "cluster")
     return "\n".join([USAGE, *(f"  {g.name}: {', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups)])
 
@@ -34,8 +35,10 @@ def main() -> int:
     if not words or {"-h", "--help"} & set(words):
         print(usage())
         return 0
+    stop = StopSignal()  # first of all: what follows takes seconds to import, in which a signal would kill
+    from lingen.compose import compose
+
     config = compose(words)
-    stop = StopSignal()  # before torch is imported, which takes seconds in which a signal would kill
     from lingen.loop import dry_run, train
 
     return dry_run(config) if config.dry_run else train(config, stop)

@@ -52,7 +52,6 @@ def ask(forms: Mapping[str, str], device: torch.device, dtype: torch.dtype | Non
     _choose.cache_clear()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def chosen(kernel: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The form that ``kernel`` takes on ``device``, in ``dtype`` where that matters. To torch.compile a constant.
 
@@ -60,6 +59,10 @@ def chosen(kernel: str, device: torch.device, dtype: torch.dtype | None = None) 
         ValueError: the form that was asked for cannot run so.
     """
     return _choose(kernel, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes most of a second.
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
