@@ -61,11 +61,10 @@ def compose_file(schema: type[Schema], group: str, choice: str, words: list[str]
             key, equals, value = word.partition("=")
             if not equals:
                 raise UserError(f"'{word}' is not key=value")
-            *path, last = key.split(".")
-            section = _schema_at(schema, tuple(path))
-            field = section.model_fields.get(last) if section else None
-            is_text = field is not None and (field.annotation is str or _is_optional_text(field.annotation, value))
-            OmegaConf.update(composed, key, value if is_text else yaml.safe_load(value), force_add=True)
+            annotation = _annotation_at(schema, tuple(key.split(".")))
+            is_text = annotation is str or _is_optional_text(annotation, value)
+            loader = yaml.BaseLoader if annotation == dict[str, str] else yaml.SafeLoader  # text: 010 is not 8
+            OmegaConf.update(composed, key, value if is_text else yaml.load(value, loader), force_add=True)
         tree = _tree(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
@@ -133,9 +132,7 @@ def _forced(override: str) -> str:
         if value not in choices and not (value == "null" and key in OPTIONAL):
             raise UserError(f"{override} does not exist in conf/{key}{nearest(value, choices)}")
         return override
-    path = key.split(".")
-    section = _schema_at(Config, tuple(path[:-1]))
-    annotation = section.model_fields[path[-1]].annotation if section and path[-1] in section.model_fields else None
+    annotation = _annotation_at(Config, tuple(key.split(".")))
     is_text = annotation is str or _is_optional_text(annotation, value)
     if is_text and not value.startswith(("'", '"')):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -171,17 +168,29 @@ def _describe(schema: type[BaseModel], error: Any) -> str:
 
 def _schema_at(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
     """The section that a path of keys leads to; a key may also be a place in a list or a name in a dict."""
+    here = _section_of(_annotation_at(schema, path))
+    return here if _is_section(here) else None
+
+
+def _annotation_at(schema: type[BaseModel], path: tuple[Any, ...]) -> Any:
+    """The type that a path of keys leads to; None where there is no such key."""
     here: Any = schema
     for key in path:
+        here = _section_of(here)
         if typing.get_origin(here) in (list, dict):
             here = typing.get_args(here)[-1]
         elif _is_section(here) and str(key) in here.model_fields:
             here = here.model_fields[str(key)].annotation
         else:
             return None
-        if typing.get_origin(here) in (typing.Union, types.UnionType):
-            here = next((kind for kind in typing.get_args(here) if _is_section(kind)), None)
-    return here if _is_section(here) else None
+    return here
+
+
+def _section_of(kind: Any) -> Any:
+    """The section of ``SECTION | None``; any other type as it is."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return next((part for part in typing.get_args(kind) if _is_section(part)), None)
+    return kind
 
 
 def _is_section(kind: Any) -> bool:

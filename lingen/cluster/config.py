@@ -62,10 +62,18 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _mount(value: str) -> str:
+    source, colon, target = value.partition(":")
+    if not (source and colon and target):
+        raise ValueError("must be SOURCE:TARGET, such as /data:/data")
+    return value
+
+
 Word = Annotated[str, AfterValidator(_one_word)]
 OptionalWord = Annotated[str | None, AfterValidator(_one_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
 Lines = tuple[Line, ...]
+Mount = Annotated[Line, AfterValidator(_mount)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -82,7 +90,7 @@ class ContainerConfig(Section):
 
     kind: Literal["pyxis", "apptainer"]  # srun --container-image=..., or apptainer exec
     image: Line
-    mounts: Lines = ()  # SOURCE:TARGET
+    mounts: tuple[Mount, ...] = ()  # SOURCE:TARGET
 
 
 class StageJobConfig(Section):

@@ -83,9 +83,13 @@ def read_chain(run: Path) -> ChainRecord | None:
     return chain
 
 
-def write_chain(run: Path, chain: ChainRecord) -> None:
-    """Aside, then renamed."""
-    _write(chain_folder(run) / "chain.json", asdict(chain))
+def write_chain(run: Path, chain: ChainRecord | None) -> None:
+    """Aside, then renamed; None: there is none (any more)."""
+    path = chain_folder(run) / "chain.json"
+    if chain is None:
+        path.unlink(missing_ok=True)
+    else:
+        _write(path, asdict(chain))
 
 
 def read_stage(run: Path, stage: str, job: int | None = None) -> StageRecord | None:

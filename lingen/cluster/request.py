@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator
 
 from lingen.cluster.config import ClusterConfig, ClusterRoot, StageJobConfig, seconds
 from lingen.compose import CONF_DIR, compose, compose_file, parse
@@ -22,12 +22,18 @@ from lingen.runfolder import other_experiment, run_folder
 ModelName = Literal["lingen", "dit"]
 
 
+def _a_list(value: object) -> object:
+    if not isinstance(value, list) or not value:  # nothing, too: that would train the default model
+        raise ValueError("must be a list such as [lingen,dit]")
+    return value
+
+
 class LaunchArgs(Section):
     """The words that are the launcher's own; all others are train.py's."""
 
     name: str
     cluster: str
-    models: Annotated[list[ModelName], Field(min_length=1)] | None = None
+    models: Annotated[list[ModelName] | None, BeforeValidator(_a_list)] = None
     dry_run: bool = False
     until: str | None = None
 
@@ -89,6 +95,7 @@ def read_request(words: list[str]) -> Request:
         key = word.partition("=")[0]
         kind = own if key in LaunchArgs.model_fields else clusters if key.startswith("cluster.") else trains
         kind.append(word)
+    _refuse_unknown(trains)
     args = parse(LaunchArgs, own)
     cluster = compose_file(ClusterRoot, "cluster", args.cluster, clusters).cluster
     if args.models is None:
@@ -102,6 +109,21 @@ def read_request(words: list[str]) -> Request:
         _chain([f"name={args.name}/{model}", f"model={model}", *trains], cluster, args.until) for model in args.models
     ]
     return Request(args.name, chains, args.dry_run)
+
+
+def _refuse_unknown(words: list[str]) -> None:
+    """Raises:
+    UserError: a word sets a key that neither the launch nor training has. Those with a dot are training's to judge.
+    """
+    known = {
+        *LaunchArgs.model_fields,
+        *Config.model_fields,
+        *(path.name for path in CONF_DIR.iterdir() if path.is_dir()),
+    }
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if equals and re.fullmatch(r"[A-Za-z_]\w*", key) and key not in known:
+            raise UserError(f"unknown key '{key}'{nearest(key, known)}")
 
 
 def _chain(words: list[str], cluster: ClusterConfig, until: str | None) -> Chain:

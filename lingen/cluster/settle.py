@@ -1,6 +1,6 @@
 """What a job's script asks before and after ``srun``: python -m lingen.cluster.settle begin|end RUN STAGE ...
 
-The exit code is the answer. 0: go on. 75: queue the job again. 1: the chain stops, and STAGE.json says why. Slurm may
+The exit code is the answer. 0: go on. 75: queue the job again. 3: the chain stops, and STAGE.json says why. Slurm may
 run the script again at any time (preemption, a lost node), also where the last attempt never came to its ``end``.
 """
 
@@ -21,7 +21,7 @@ from lingen.cluster.record import (
 )
 from lingen.errors import EXIT_BAD_INPUT, UserError, run_main
 
-GO_ON, QUEUE_AGAIN, STOP = 0, 75, 1
+GO_ON, QUEUE_AGAIN, STOP = 0, 75, 3  # not 1, which is srun's where it could not ask
 
 
 def begin(run: Path, stage: str, job: int, *, nodes: str, restarts: int, max_preemptions: int) -> int:

@@ -86,6 +86,12 @@ def queue(jobs: Iterable[int]) -> dict[int, QueuedJob]:
     return found
 
 
+def scripts() -> dict[int, str]:
+    """One's own jobs that wait or run -> the script that each was submitted from."""
+    lines = [line.split("|", 2) for line in _run("squeue", "--me", "--noheader", "--format=%A|%T|%o").splitlines()]
+    return {int(number): script.strip() for number, state, script in lines if state != "COMPLETING"}
+
+
 def cancel(jobs: Iterable[int]) -> None:
     """End jobs; the last first, so that none begins because the one before it went."""
     wanted = sorted(set(jobs), reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from lingen.cluster.record import (
 )
 from lingen.cluster.slurm import QueuedJob
 from lingen.errors import UserError
+
+Queue = dict[int, QueuedJob]
+LAST_WRITTEN = "states are those that were last written down"
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,33 @@ def chain_of(run: Path) -> ChainRecord:
     return chain
 
 
-def queued_of(chain: ChainRecord) -> dict[int, QueuedJob]:
-    """The chain's jobs that are in the queue; none on a machine without Slurm."""
-    return slurm.queue(stage.job for stage in chain.stages) if shutil.which("squeue") else {}
+def ask(chains: list[ChainRecord]) -> tuple[Queue | None, str]:
+    """The chains' jobs that are in the queue; or None, and why nothing is known of it."""
+    if not shutil.which("squeue"):
+        return None, "no Slurm here"
+    try:
+        return _queued(chains), ""
+    except UserError as error:
+        return None, f"Slurm did not answer ({error})"
 
 
-def look(run: Path, chain: ChainRecord) -> list[StageStatus]:
+def _queued(chains: list[ChainRecord]) -> Queue:
+    return slurm.queue(stage.job for chain in chains for stage in chain.stages)
+
+
+def look(run: Path, chain: ChainRecord, queue: Queue | None) -> list[StageStatus]:
     """One row a stage."""
-    queued, rows, stopped = queued_of(chain), [], None
+    rows, stopped = [], None
     for stage in chain.stages:
-        row = _row(run, stage, queued.get(stage.job), stopped)
+        row = _row(run, stage, queue, stopped)
         rows.append(row)
         if row.state in ("stopped", "cancelled", "gone"):
             stopped = stopped or row.stage
     return rows
 
 
-def _row(run: Path, stage: SubmittedStage, queued: QueuedJob | None, stopped: str | None) -> StageStatus:
+def _row(run: Path, stage: SubmittedStage, queue: Queue | None, stopped: str | None) -> StageStatus:
+    queued = (queue or {}).get(stage.job)
     record = read_stage(run, stage.stage, stage.job)
     newest = newest_of_stage(run, stage.stage)
     trained = last_record(run, stage.stage)
@@ -96,6 +110,8 @@ def _row(run: Path, stage: SubmittedStage, queued: QueuedJob | None, stopped: st
         state = record.state
     elif record is None and stopped is not None:
         state, reason = "cancelled", f"{stopped} before it did not end well"
+    elif queue is None:
+        state = record.state if record else "submitted"
     else:
         state, reason = "gone", f"ended without a word; see {chain_folder(run) / f'{stage.stage}.log'}"
     return StageStatus(
@@ -116,11 +132,12 @@ def print_status(runs: list[Path]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    if not shutil.which("squeue"):
-        console.print("no Slurm here: states are those that were last written down")
-    for run in runs:
-        chain = chain_of(run)
-        rows = look(run, chain)
+    chains = [chain_of(run) for run in runs]
+    queue, why = ask(chains)
+    if queue is None:
+        console.print(Text(f"{why}: {LAST_WRITTEN}"), soft_wrap=True)
+    for run, chain in zip(runs, chains, strict=True):
+        rows = look(run, chain, queue)
         console.print(Text.assemble((chain.name, "bold"), f": {chain.model}, {run}"), soft_wrap=True)
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         for column in ("stage", "job", "state", "nodes", "step", "loss", "saved", "requeues"):
@@ -136,8 +153,12 @@ def print_status(runs: list[Path]) -> None:
 
 
 def rows_of(runs: list[Path]) -> dict[str, list[dict[str, object]]]:
-    """The same for programs: run folder -> rows."""
-    return {str(run): [asdict(row) for row in look(run, chain_of(run))] for run in runs}
+    """The same for programs: run folder -> rows. Where Slurm cannot be asked, stderr says so."""
+    chains = [chain_of(run) for run in runs]
+    queue, why = ask(chains)
+    if queue is None:
+        print(f"{why}: {LAST_WRITTEN}", file=sys.stderr)
+    return {str(run): [asdict(row) for row in look(run, chain, queue)] for run, chain in zip(runs, chains, strict=True)}
 
 
 def cancel(runs: list[Path]) -> None:
@@ -147,7 +168,7 @@ def cancel(runs: list[Path]) -> None:
         chain = chain_of(run)
         queued = {
             job: there
-            for job, there in queued_of(chain).items()
+            for job, there in _queued([chain]).items()
             if there.state != "COMPLETING" or not any(stage.job == job and stage.cancelled for stage in chain.stages)
         }
         ended = [stage for stage in chain.stages if stage.job in queued]

@@ -40,11 +40,11 @@ class Todo:
     """What is left of a chain."""
 
     chain: Chain
-    before: ChainRecord | None  # as it was looked at
-    finished: list[str]
-    kept: list[SubmittedStage]  # still in the queue
-    stale: list[int]  # jobs that wait for one which is gone
-    missing: list[PlannedJob]
+    before: ChainRecord | None  # what an earlier launch wrote down, as it was looked at
+    finished: list[str]  # stages that need no job
+    kept: list[SubmittedStage]  # in the queue with the script of now: they stay
+    stale: list[int]  # jobs that wait for one which is gone: cancelled once those in their place are there
+    missing: list[PlannedJob]  # to be submitted, in order, behind what is kept
 
     @property
     def after(self) -> int | None:
@@ -88,6 +88,7 @@ def _look(planned: list[PlannedJob]) -> Todo:
     done = stages_done(chain)
     record = read_chain(chain.run)
     before = {stage.stage: stage for stage in record.stages} if record else {}
+    _refuse_unrecorded(chain, {stage.job for stage in before.values()})
     queued = slurm.queue(stage.job for stage in before.values())
     active = {name: stage for name, stage in before.items() if _is_active(chain, stage, queued)}
     kept: list[SubmittedStage] = []
@@ -95,13 +96,13 @@ def _look(planned: list[PlannedJob]) -> Todo:
     stale: list[int] = []
     for number, each in enumerate(planned):
         there = active.get(each.job.stage)
-        if number < done:
-            kept += [there] if there else []  # it has only to end
+        if number < done:  # trained; a job that is still there has only to end, and the next one waits for it
+            kept += [there] if there else []
             continue
-        if there is None:
+        if there is None:  # never submitted, or ended before its stage was done
             missing.append(each)
             continue
-        if missing:
+        if missing:  # in the queue behind a job which is gone: it cannot begin, and is submitted again
             state = queued[there.job].state
             if state != "PENDING":
                 raise UserError(
@@ -111,6 +112,7 @@ def _look(planned: list[PlannedJob]) -> Todo:
             stale.append(there.job)
             missing.append(each)
             continue
+        # In the queue, and so is all before it: it stays, if it is what is asked for.
         script = chain_folder(chain.run) / f"{each.job.stage}.sbatch"
         if not script.is_file() or script.read_text() != each.script:
             raise UserError(
@@ -120,6 +122,19 @@ def _look(planned: list[PlannedJob]) -> Todo:
         kept.append(there)
     finished = [each.job.stage for each in planned[:done] if each.job.stage not in active]
     return Todo(chain, record, finished, kept, stale, missing)
+
+
+def _refuse_unrecorded(chain: Chain, known: set[int]) -> None:
+    """Raises:
+    UserError: a job of this run is in the queue, and chain.json does not know it.
+    """
+    own = str(chain_folder(chain.run)) + "/"
+    lost = sorted(job for job, script in slurm.scripts().items() if script.startswith(own) and job not in known)
+    if lost:
+        raise UserError(
+            f"{chain.config.name}: jobs of a launch that was ended before it wrote them down are in the queue: scancel "
+            f"{' '.join(map(str, lost))} first"
+        )
 
 
 def _is_active(chain: Chain, stage: SubmittedStage, queued: dict[int, QueuedJob]) -> bool:
@@ -150,30 +165,37 @@ def _submit(todo: list[Todo]) -> None:
                     f"{one.chain.config.name}: somebody else launched or cancelled it just now; launch again"
                 )
         try:
-            records = [(one.chain.run, _record(one, _submit_chain(one, submitted))) for one in todo]
-            for run, record in records:
-                write_chain(run, record)
+            for one in todo:
+                _submit_chain(one, submitted)
             slurm.cancel(job for one in todo for job in one.stale)
         except BaseException as error:
             if not submitted:
                 raise
-            note = _take_back(submitted)
+            note = _take_back(todo, submitted)
             if isinstance(error, UserError):
                 raise UserError(f"{error}; {note}") from error
             print(note)
             raise
 
 
-def _take_back(submitted: list[int]) -> str:
-    """Cancel them, and say what has become of them."""
+def _take_back(todo: list[Todo], submitted: list[int]) -> str:
+    """Cancel them, write down what was before, and say what has become of them."""
     try:
         slurm.cancel(submitted)
     except UserError as error:
         return f"the jobs submitted before it are still there: {error}; scancel {' '.join(map(str, submitted))}"
-    return f"the {len(submitted)} jobs submitted before it were cancelled"
+    note = f"the {len(submitted)} jobs submitted before it were cancelled"
+    try:
+        for one in todo:
+            write_chain(one.chain.run, one.before)
+    except UserError as error:
+        return f"{note}, but {error}"
+    return note
 
 
-def _submit_chain(todo: Todo, submitted: list[int]) -> list[SubmittedStage]:
+def _submit_chain(todo: Todo, submitted: list[int]) -> None:
+    """Each job is written down before the next is submitted, so that a launch that is killed leaves at most one that
+    nobody knows; ``_look`` finds that one by its script."""
     after, jobs = todo.after, []
     for each in todo.missing:
         script = chain_folder(todo.chain.run) / f"{each.job.stage}.sbatch"
@@ -181,9 +203,9 @@ def _submit_chain(todo: Todo, submitted: list[int]) -> list[SubmittedStage]:
         job = slurm.submit(script, after)
         submitted.append(job)
         jobs.append(SubmittedStage(each.job.stage, job, datetime.now(UTC).isoformat(timespec="seconds")))
+        write_chain(todo.chain.run, _record(todo, jobs))
         print(f"{todo.chain.config.name}: {each.job.stage} is job {job}{f', after {after}' if after else ''}")
         after = job
-    return jobs
 
 
 def _record(todo: Todo, jobs: list[SubmittedStage]) -> ChainRecord:

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +51,7 @@ TO_JOBS = {
     "preempted": 3,
     "node lost": 1,
     "rank hung": 1,
+    "hung at its limit": 1,
 }
 
 
@@ -151,6 +153,8 @@ class UnderSlurm:
                 chain.comes(stage, "its end", lambda: chain.restarts(stage) > before or chain.state(stage) != "RUNNING")
                 if kind == "node lost":
                     self.slurm.power_on("n2")
+            elif kind == "hung at its limit":
+                self._hangs_at_its_limit(stage, ranks.values())
         return chain.comes(stage, f"going on after: {kind}", lambda: self._goes_on(stage, before))
 
     def _ripe(self, stage: str, kind: str, chance: random.Random) -> bool:
@@ -184,6 +188,21 @@ class UnderSlurm:
             preempt(self.slurm)
         elif kind == "node lost":
             self.slurm.power_off("n2")
+
+    def _hangs_at_its_limit(self, stage: str, ranks: Iterable[int]) -> None:
+        """Bring the limit near, and hold the ranks until Slurm kills them: it wakes what stands still, to end it."""
+        chain, job = self.chain, f"JobId={self.chain.jobs[stage]}"
+        soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 2))
+        self.slurm.call("scontrol", "update", job, f"EndTime={soon}")
+
+        def queued_again() -> bool:
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            return chain.state(stage) == "PENDING"
+
+        chain.wait(stage, "the end of an attempt that hangs", queued_again)
+        self.slurm.call("scontrol", "update", job, "TimeLimit=60")
 
     def _goes_on(self, stage: str, before: int) -> bool:
         return self.chain.restarts(stage) > before and self.chain.state(stage) in ("RUNNING", "COMPLETED")

@@ -29,6 +29,8 @@ echo $number > $FAKE/last
 echo "$number;cluster"
 """
 SQUEUE = """#!/bin/sh
+test ! -e $FAKE/away || { echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1; }
+test "$1" != --me || { cat $FAKE/scripts; exit 0; }
 test -s $FAKE/queue || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
 cat $FAKE/queue
 """
@@ -40,8 +42,14 @@ SCONTROL = """#!/bin/sh
 echo "scontrol $*" >> $FAKE/calls
 case "$2" in
     hostnames) printf 'node7\\nnode8\\n' ;;
-    job) echo "JobId=5 JobName=x JobState=$(cat $FAKE/state) Dependency=(null)" ;;
+    config) echo "KillWait                = 5 sec" ;;
+    job) test -e $FAKE/away || echo "JobId=5 JobName=x JobState=$(cat $FAKE/state) Dependency=(null)" ;;
 esac
+test $1 = requeue || exit 0
+left=$(cat $FAKE/refusals)
+test $left -gt 0 || exit 0
+echo $((left - 1)) > $FAKE/refusals
+exit 1
 """
 SCANCEL = """#!/bin/sh
 echo "scancel $*" >> $FAKE/calls
@@ -50,9 +58,22 @@ SRUN = """#!/bin/sh
 printf '%s\\n' "$@" > $FAKE/srun
 env > $FAKE/environment
 test ! -e $FAKE/reason || cp $FAKE/reason $LINGEN_REASON
+while test -e $FAKE/hold; do /bin/sleep 0.02; done
 exit $(cat $FAKE/code)
 """
-COMMANDS = {"sbatch": SBATCH, "squeue": SQUEUE, "sinfo": SINFO, "scontrol": SCONTROL, "scancel": SCANCEL, "srun": SRUN}
+SLEEP = """#!/bin/sh
+echo "$*" >> $FAKE/pauses
+if test -e $FAKE/hold && test ! -e $FAKE/hung; then rm $FAKE/hold; /bin/sleep 0.3; fi
+"""
+COMMANDS = {
+    "sbatch": SBATCH,
+    "squeue": SQUEUE,
+    "sinfo": SINFO,
+    "scontrol": SCONTROL,
+    "scancel": SCANCEL,
+    "srun": SRUN,
+    "sleep": SLEEP,
+}
 
 
 @dataclass(frozen=True)
@@ -85,8 +106,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     for name, text in COMMANDS.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
-    for name, said in {"last": 10, "room": 99, "queue": "", "code": 0, "state": "RUNNING Reason=None"}.items():
-        made.set(name, said)
+    said = {"last": 10, "room": 99, "queue": "", "scripts": "", "code": 0, "refusals": 0}
+    made.set("state", "RUNNING Reason=None")
+    for name, text in said.items():
+        made.set(name, text)
     made.set("cpu_nodes", "n1|4|(null)\nn2|4+|(null)")
     made.set("gpu_nodes", "g1|64|gpu:h100:8(S:0-1),lustre:1")
     monkeypatch.setattr(plans, "predict", _remembered)

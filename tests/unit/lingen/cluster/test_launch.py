@@ -155,6 +155,47 @@ def test_all_or_nothing(fake: Any, words: Any) -> None:
     assert not (RUN / "lingen/chain/chain.json").exists()
 
 
+def test_a_launch_that_is_killed(fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each job is on record before the next is submitted; one that came to be after the last word is found."""
+    submitted = slurm.submit
+
+    def killed(script: Path, after: int | None) -> int:
+        job = submitted(script, after)
+        if after is not None:
+            monkeypatch.setattr(submit, "_take_back", lambda *_: "killed")  # nobody tidies up
+            raise KeyboardInterrupt
+        return job
+
+    monkeypatch.setattr(slurm, "submit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        launch(words.plan())
+    chain = read_chain(RUN)
+    assert chain is not None and [stage.job for stage in chain.stages] == [11]
+    fake.set("queue", "11|RUNNING|None|n1")
+    own, other = Path.cwd() / RUN / "chain", Path.cwd() / "runs/ab/chain"
+    fake.set("scripts", f"11|RUNNING|{own}/demo_image.sbatch\n7|RUNNING|{other}/x.sbatch\n8|RUNNING|")
+    monkeypatch.setattr(slurm, "submit", submitted)
+    with monkeypatch.context() as patched:
+        patched.setattr(submit, "_submit", lambda _: None)
+        launch(words.plan())
+    fake.set("scripts", f"11|RUNNING|{own}/demo_image.sbatch\n12|PENDING|{own}/demo_video.sbatch")
+    assert "jobs of a launch that was ended before it wrote them down are in the queue: scancel 12 first" in refused(
+        words
+    )
+    fake.set("scripts", f"12|COMPLETING|{own}/demo_video.sbatch")
+    launch(words.plan())
+    chain = read_chain(RUN)
+    assert chain is not None and [stage.job for stage in chain.stages] == [11, 13]
+
+
+def test_what_was_before_a_launch_that_failed_stays(fake: Any, words: Any) -> None:
+    launch(words.plan("until=demo_image"))
+    before = read_chain(RUN)
+    fake.set("room", 12)
+    assert "the 1 jobs submitted before it were cancelled" in refused(words)
+    assert read_chain(RUN) == before
+
+
 def refused(words: Any, *more: str) -> str:
     with pytest.raises(UserError) as caught:
         launch(words.plan(*more))
@@ -190,6 +231,10 @@ def refused(words: Any, *more: str) -> str:
         (["models=[lingen,dti]"], ["models.1=dti"]),
         (["models=[dit,dit]"], ["names a model twice"]),
         (["models=[dit]", "model=dit"], ["model=dit and models=[dit]"]),
+        (["models="], ["models=None: must be a list such as [lingen,dit]"]),
+        (["models=lingen"], ["models=lingen: must be a list"]),
+        (["modles=[dit]"], ["unknown key 'modles'; did you mean 'models'?"]),
+        (["cluster.container={kind: pyxis, image: a, mounts: [/data]}"], ["mounts.0=/data: must be SOURCE:TARGET"]),
         (["cluster=slrm"], ["cluster=slrm does not exist"]),
         (["cluster=h100"], ["cluster.partition is not set"]),
         (["cluster.nods=2"], ["unknown key 'cluster.nods'", "did you mean 'nodes'"]),

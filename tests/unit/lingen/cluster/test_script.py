@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -13,17 +16,20 @@ import pytest
 from lingen.cluster.record import chain_folder, read_stage
 from lingen.cluster.script import render
 from lingen.errors import UserError
+from tests.cluster.common import wait
 
 
 def job_of(words: Any, *more: str) -> Any:
     return words.plan(*more)[0][0]
 
 
+JOB = {"SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "node[7-8]"}
+
+
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """What the batch shell would do."""
-    job = {"SLURM_JOB_ID": "20005", "SLURM_JOB_NODELIST": "node[7-8]"}
     return subprocess.run(
-        ["bash"], input=script, env=os.environ | job | environment, capture_output=True, text=True, timeout=60
+        ["bash"], input=script, env=os.environ | JOB | environment, capture_output=True, text=True, timeout=60
     )
 
 
@@ -53,6 +59,77 @@ def test_the_script_does_what_is_decided(
     record = read_stage(job.chain.run, "demo_image", 20005)
     assert record is not None and (record.state, record.code, record.nodes) == (recorded, code, "node[7-8]")
     assert (record.reason or "") == (reason or ("" if code != 2 else record.reason))
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "ends_with", "recorded"),
+    [
+        ("COMPLETING Reason=TimeLimit", None, 0, ("requeued", 137)),  # the ranks hang
+        ("COMPLETING Reason=TimeLimit", 75, 0, ("requeued", 75)),  # they save in time
+        ("RUNNING Reason=None", 75, 0, ("requeued", 75)),  # preempted
+        ("RUNNING Reason=None", 0, 0, ("finished", 0)),
+        ("COMPLETING Reason=None", 143, 1, ("cancelled", 143)),
+    ],
+)
+def test_a_job_that_is_told_to_end(
+    fake: Any, words: Any, state: str, code: int | None, ends_with: int, recorded: tuple[str, int]
+) -> None:
+    """By SIGTERM, again and again; SIGUSR1 is the ranks' alone."""
+    job = job_of(words)
+    fake.set("state", state)
+    fake.set("code", code or 0)
+    fake.set("hold", "")  # srun, until this is gone: with the next pause, or below
+    if code is None:
+        fake.set("hung", "")
+    with Popen(["bash", "-c", job.script], env=os.environ | JOB, stderr=PIPE, text=True) as shell:
+        wait(lambda: fake.text("srun"), "srun")
+        time.sleep(0.1)  # and the trap
+        shell.send_signal(signal.SIGUSR1)
+        shell.send_signal(signal.SIGTERM)
+        wait(lambda: "scontrol show job --oneliner 20005" in fake.calls, "a look at the reason")
+        shell.send_signal(signal.SIGTERM)
+        if "TimeLimit" not in state:
+            (fake.folder / "hold").unlink()
+        assert shell.wait(20) == ends_with
+        (fake.folder / "hold").unlink(missing_ok=True)
+    assert ("scontrol requeue 20005" in fake.calls) == (recorded[0] == "requeued")
+    record = read_stage(job.chain.run, "demo_image", 20005)
+    assert record is not None and (record.state, record.code) == recorded
+    assert record.failures == (code is None)
+
+
+def test_at_the_limit_no_step_begins_any_more(fake: Any, words: Any) -> None:
+    """Also not the one that would ask settle in a container."""
+    script = job_of(words).script.replace("settle end", "(exit 1) # settle end")
+    for state, requeued in (("RUNNING Reason=None", False), ("COMPLETING Reason=TimeLimit", True)):
+        fake.set("state", state)
+        assert run(script).returncode == (0 if requeued else 1)
+        assert ("scontrol requeue 20005" in fake.calls) == requeued
+
+
+def test_a_controller_that_is_away_is_waited_for(fake: Any, words: Any) -> None:
+    fake.set("code", 75)
+    fake.set("away", "")
+    fake.set("refusals", 30)
+    assert run(job_of(words).script).returncode == 0
+    assert fake.calls.count("scontrol requeue 20005") == 31
+    assert fake.text("pauses").split() == ["1"] + ["2"] * 29  # a third of KillWait at most
+
+
+def test_a_controller_that_refuses_is_believed(fake: Any, words: Any) -> None:
+    fake.set("code", 75)
+    fake.set("refusals", 99)
+    done = run(job_of(words).script)
+    assert (done.returncode, fake.calls.count("scontrol requeue 20005")) == (1, 10)
+    assert "could not be queued again" in done.stderr
+
+
+def test_a_port_that_is_taken_is_not_tried_again(fake: Any, words: Any) -> None:
+    ports = set()
+    for restarts in range(4):
+        assert run(job_of(words).script, SLURM_RESTART_COUNT=str(restarts)).returncode == 0
+        ports |= {line for line in fake.text("environment").splitlines() if line.startswith("MASTER_PORT=2")}
+    assert len(ports) == 4
 
 
 def test_srun_gets_the_words_and_the_place_of_the_meeting(fake: Any, words: Any) -> None:
@@ -86,6 +163,11 @@ def test_the_environment_modules_and_setup_come_before(fake: Any, words: Any) ->
     assert "set up" in done.stderr
     assert {"MASTER_ADDR=127.0.0.1", "NCCL_DEBUG=it's"} <= set(fake.text("environment").splitlines())
     assert "scontrol show hostnames node[7-8]" not in fake.calls
+
+
+@pytest.mark.parametrize("word", ["cluster.env.A=010", "cluster.env={A: 010}"])
+def test_the_environment_is_text(fake: Any, words: Any, word: str) -> None:
+    assert "export A=010\n" in job_of(words, word).script
 
 
 def test_what_slurm_is_asked_for(fake: Any, words: Any) -> None:

@@ -73,6 +73,23 @@ def test_the_status_of_what_slurm_has_forgotten(
         status.find_runs("runs", "b")
 
 
+def test_the_status_while_slurm_does_not_answer(fake: Any, words: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    launch(words.plan())
+    write_stage(RUN, StageRecord("demo_image", 11, requeues=3, nodes="n[1-2]"))
+    fake.set("away", "")
+    capsys.readouterr()
+    status.print_status([RUN])
+    first, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("Slurm did not answer (squeue --noheader failed with code 1: slurm_load_jobs error: Unable")
+    assert first.endswith("states are those that were last written down")
+    assert [row.split()[2] for row in rows] == ["running", "submitted"]
+    assert [row["state"] for row in status.rows_of([RUN])[str(RUN)]] == ["running", "submitted"]
+    printed = capsys.readouterr()
+    assert not printed.out and first in printed.err
+    with pytest.raises(UserError, match="Unable to contact"):
+        status.cancel([RUN])
+
+
 def test_cancelling_ends_what_is_queued_and_writes_it_down(
     fake: Any, words: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
