@@ -13,7 +13,7 @@ import torch
 from data.pipeline import Position, StageLoader
 from data.shards import Index, load_index
 from lingen import checkpoint
-from lingen.autoencoder import Autoencoder, load_autoencoder
+from lingen.autoencoders import Autoencoder, load_autoencoder
 from lingen.checkpoint import RESUME, Checkpoint
 from lingen.config import Config, StageConfig
 from lingen.curriculum import Progress

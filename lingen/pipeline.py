@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from rich.progress import track
 
-from lingen.autoencoder import Autoencoder, load_autoencoder
+from lingen.autoencoders import Autoencoder, load_autoencoder
 from lingen.config import BucketConfig, Config, StageConfig, geometry_problems, latent_shape, token_grid
 from lingen.engine import DTYPES
 from lingen.errors import UserError

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from data.batch import Batch
-from lingen.autoencoder import Autoencoder
+from lingen.autoencoders import Autoencoder
 from lingen.config import FlowConfig
 from lingen.dist import Dist
 from lingen.engine import Engine

@@ -22,7 +22,8 @@ from data.batch import Bucket
 from data.buckets import eligible, split, starts
 from data.decode import BadSample, decode_clip
 from data.shards import Index, load_index, read_member
-from lingen.autoencoder import PcaAutoencoder, fit_pca, to_float
+from lingen.autoencoders import to_float
+from lingen.autoencoders.pca import PcaAutoencoder, fit_pca
 from lingen.compose import parse
 from lingen.config import DataConfig
 from lingen.errors import UserError, run_main

@@ -21,7 +21,7 @@ ROWS = (
      "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
-    ("lingen.autoencoder", "lingen.text"),
+    ("lingen.autoencoders", "lingen.text"),
     ("lingen.flow",),
     ("lingen.engine", "lingen.engines", "lingen.ema"),
     ("lingen.checkpoint", "lingen.manifest", "lingen.saver", "lingen.shardfiles", "lingen.export", "lingen.metrics",

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from data.synthetic import render_clip
-from lingen.autoencoder import PcaAutoencoder, fit_pca, load_autoencoder, to_float
+from lingen.autoencoders import load_autoencoder, to_float
+from lingen.autoencoders.pca import PcaAutoencoder, fit_pca
 from lingen.config import AutoencoderConfig
 from lingen.errors import UserError
 

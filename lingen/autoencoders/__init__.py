@@ -1,0 +1,22 @@
+"""The latent space: clips to latents of about mean 0 and variance 1, and back."""
+
+from __future__ import annotations
+
+import torch
+
+from lingen.autoencoders.base import Autoencoder, to_float
+from lingen.autoencoders.pca import load_pca
+from lingen.config import AutoencoderConfig
+
+__all__ = ["Autoencoder", "load_autoencoder", "to_float"]
+
+LOADERS = {"pca": load_pca}
+
+
+def load_autoencoder(config: AutoencoderConfig, device: torch.device | str) -> Autoencoder:
+    """The autoencoder that ``config.path`` holds, on ``device``.
+
+    Raises:
+        UserError: it is missing or damaged, or its ratios or channels are not those of the configuration.
+    """
+    return LOADERS[config.kind](config, device)
