@@ -9,61 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tarfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import webdataset
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from data.decode import BadSample, ClipInfo
+from data.decode import BadSample
+from data.index_file import INDEX, PARTIAL_INDEX, Columns, IndexFile, ShardEntry
+from data.writer import Record as Record
+from data.writer import ShardWriter
 from lingen.errors import UserError
-from lingen.files import rename, sync, write_file
+from lingen.files import write_file
 
-INDEX = "index.json"
 # Seconds before a read is tried again: a file server may be away for a moment.
 PAUSES = (0.1, 0.4, 1.6)
-PARTIAL_INDEX = "index.partial.json"  # what a run that was stopped had written until then
-
-Count = Annotated[int, Field(ge=1, lt=1 << 31)]
-Bytes = Annotated[int, Field(ge=1, lt=1 << 62)]  # ... and a Place together fit an int64
-Place = Annotated[int, Field(ge=0, lt=1 << 62)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class _ShardEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: str
-    bytes: int
-
-
-class _Columns(BaseModel):
-    """One list a column, one place a sample."""
-
-    model_config = ConfigDict(extra="forbid")
-    key: list[str] = []
-    caption: list[str] = []
-    frames: list[Count] = []
-    fps: list[Rate] = []
-    height: list[Count] = []
-    width: list[Count] = []
-    bytes: list[Bytes] = []
-    shard: list[Place] = []
-    offset: list[Place] = []
-    sha256: list[str] = []
-
-
-class _IndexFile(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    format: Literal["lingen-shards-1"] = "lingen-shards-1"
-    shards: list[_ShardEntry] = []
-    samples: _Columns = _Columns()
 
 
 class LostShard(UserError):
@@ -86,32 +52,28 @@ class Index:
     shard: npt.NDArray[np.int64]  # (N,) place in ``shards``
     offset: npt.NDArray[np.int64]  # (N,) of the media in its shard
     sha256: list[str]
+    begin: npt.NDArray[np.float64]  # (N,) a sample is the frames in [begin, end) seconds after the media's first one
+    end: npt.NDArray[np.float64]  # (N,) ... and 0 where it goes on to the media's own end
     fingerprint: str  # sha256 of the file index.json
+    root: Path  # where the shards lie: ``path``, unless others wrote them
 
     def __len__(self) -> int:
         return len(self.key)
 
     @cached_property
     def shard_paths(self) -> list[Path]:
-        return [self.path / name for name in self.shards]
+        return [self.root / name for name in self.shards]
 
     @cached_property
     def key_hash(self) -> npt.NDArray[np.uint64]:
-        """(N,) the first eight bytes of each key's BLAKE2b; counted once, since ten million take seconds."""
-        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in self.key)
+        """(N,) the first eight bytes of the BLAKE2b of each key; counted once, since ten million take seconds.
+
+        Of a key that names a part of a video ("clip@0-5000ms") only what is before the @ counts, so that all parts of
+        a video lie on the same side of a split.
+        """
+        videos = (key.partition("@")[0] for key in self.key)
+        digests = b"".join(hashlib.blake2b(video.encode(), digest_size=8).digest() for video in videos)
         return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample to write. ``sidecar`` is the caption's suffix and bytes: ("txt", b"a red circle")."""
-
-    key: str
-    caption: str
-    media: bytes
-    suffix: str  # of the media, without a dot
-    info: ClipInfo
-    sidecar: tuple[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -141,28 +103,33 @@ def load_index(path: str | Path) -> Index:
         )
     content = file.read_bytes()
     try:
-        index = _IndexFile.model_validate_json(content)
+        index = IndexFile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
             f"data.path={path}: {file} is damaged ({where}: {first['msg']}); write the shards again"
         ) from error
-    _check(folder, index)
     samples = index.samples
+    if not samples.begin and not samples.end:
+        samples.begin, samples.end = [0.0] * len(samples.key), [0.0] * len(samples.key)
+    root = folder if index.root is None else Path(index.root)
+    _check(folder, root, index)
     columns: dict[str, Any] = {name: getattr(samples, name) for name in type(samples).model_fields}
     for name in ("frames", "height", "width", "bytes", "shard", "offset"):
         columns[name] = np.array(columns[name], dtype=np.int64)
-    columns["fps"] = np.array(columns["fps"], dtype=np.float64)
+    for name in ("fps", "begin", "end"):
+        columns[name] = np.array(columns[name], dtype=np.float64)
     return Index(
         path=folder,
+        root=root,
         shards=[shard.name for shard in index.shards],
         fingerprint=hashlib.sha256(content).hexdigest(),
         **columns,
     )
 
 
-def _check(folder: Path, index: _IndexFile) -> None:
+def _check(folder: Path, root: Path, index: IndexFile) -> None:
     """The columns fit together, and every shard is there, whole."""
     where, samples = f"data.path={folder}", index.samples
     count = len(samples.key)
@@ -171,8 +138,9 @@ def _check(folder: Path, index: _IndexFile) -> None:
     if not count:
         raise UserError(f"{where}: {INDEX} lists no sample; write the shards again from a folder with clips")
     for shard in index.shards:
-        file = folder / shard.name
-        if Path(shard.name).name != shard.name:
+        file = root / shard.name
+        inside = PurePosixPath(shard.name)
+        if inside.is_absolute() or ".." in inside.parts:
             raise UserError(f"{where}: {INDEX} names the shard '{shard.name}', which is not inside the folder")
         if not file.is_file():
             raise UserError(f"{where}: the shard {file} is missing; copy it again or write the shards again")
@@ -188,6 +156,9 @@ def _check(folder: Path, index: _IndexFile) -> None:
         raise UserError(f"{where}: {INDEX} is damaged (it places samples outside their shards); write the shards again")
     if ((np.array(samples.fps) > 0) != (np.array(samples.frames) > 1)).any():
         raise UserError(f"{where}: {INDEX} is damaged (it has videos without a rate); write the shards again")
+    begin, end = np.array(samples.begin), np.array(samples.end)
+    if ((end > 0) & (end <= begin)).any():
+        raise UserError(f"{where}: {INDEX} is damaged (it has samples that end before they begin); write them again")
 
 
 def read_member(index: Index, i: int, *, verify: bool = True) -> bytes:
@@ -237,17 +208,40 @@ def write_shards(
     folder = Path(output)
     refuse_used(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(folder, samples_per_shard, shard_bytes)
+    writer, index = ShardWriter(folder), IndexFile()
     try:
         for record in records:
             writer.add(record)
-    except BaseException:
-        if writer.samples.key:
-            writer.finish(PARTIAL_INDEX)
+            if len(writer.pending.key) >= samples_per_shard or writer.media_bytes >= shard_bytes:
+                add_shard(index, writer.close())
+    except BaseException as error:
+        write_partial(folder, index, writer, whole=not isinstance(error, OSError))
         raise
-    if not writer.samples.key:
+    add_shard(index, writer.close())
+    if not index.samples.key:
         raise UserError(f"output={output}: there is no sample to write")
-    return writer.finish(INDEX)
+    write_file(folder / INDEX, index.to_json())
+    return Summary(len(index.samples.key), len(index.shards), sum(shard.bytes for shard in index.shards))
+
+
+def add_shard(index: IndexFile, written: tuple[ShardEntry, Columns] | None) -> None:
+    """Put what a writer closed behind the rest."""
+    if written is not None:
+        index.shards.append(written[0])
+        index.samples.extend(written[1])
+
+
+def write_partial(folder: Path, index: IndexFile, writer: ShardWriter, *, whole: bool) -> None:
+    """Keep what a run wrote that stops here: ``whole`` closes the shard under way, else it is dropped, and
+    index.partial.json lists the rest. A disk that is full may have no room for that either."""
+    with suppress(OSError):
+        try:
+            if whole:
+                add_shard(index, writer.close())
+        finally:
+            writer.drop()
+        if index.samples.key:
+            write_file(folder / PARTIAL_INDEX, index.to_json())
 
 
 def refuse_used(output: Path) -> None:
@@ -258,64 +252,3 @@ def refuse_used(output: Path) -> None:
         raise UserError(
             f"output={output} already holds shards; choose another folder, or remove this one to write it again"
         )
-
-
-class _Writer:
-    """The shard under way has the suffix .tmp; it gets its name when it is whole and on the disk."""
-
-    def __init__(self, folder: Path, samples_per_shard: int, shard_bytes: int) -> None:
-        self.folder, self.samples_per_shard, self.shard_bytes = folder, samples_per_shard, shard_bytes
-        self.shards: list[_ShardEntry] = []
-        self.samples = _Columns()
-        self.stream: BinaryIO | None = None
-        self.media_names: list[str] = []  # of the shard under way
-        self.media_bytes = 0
-
-    def add(self, record: Record) -> None:
-        if not record.key or "." in record.key:
-            raise ValueError(f"key '{record.key}' is empty or has a dot, where WebDataset would end it")
-        if self.stream is None:
-            self.stream = self._temporary().open("wb")
-            # PAX has no limit on names; a fixed time makes equal input give equal shards.
-            self.tar = webdataset.TarWriter(self.stream, encoder=False, mtime=0, format="PAX_FORMAT")
-        suffix, caption = record.sidecar
-        self.tar.write({"__key__": record.key, record.suffix: record.media, suffix: caption})
-        self.media_names.append(f"{record.key}.{record.suffix}")
-        self.media_bytes += len(record.media)
-        row = {
-            "key": record.key,
-            "caption": record.caption,
-            **asdict(record.info),
-            "bytes": len(record.media),
-            "shard": len(self.shards),
-            "sha256": hashlib.sha256(record.media).hexdigest(),
-        }
-        for name, value in row.items():
-            getattr(self.samples, name).append(value)
-        if len(self.media_names) == self.samples_per_shard or self.media_bytes >= self.shard_bytes:
-            self.close_shard()
-
-    def close_shard(self) -> None:
-        if self.stream is None:
-            return
-        self.tar.close()
-        sync(self.stream)
-        self.stream.close()
-        self.stream = None
-        path = self._temporary()
-        with tarfile.open(path) as tar:
-            offsets = {member.name: member.offset_data for member in tar}
-        self.samples.offset.extend(offsets[name] for name in self.media_names)
-        self.media_names, self.media_bytes = [], 0
-        name = path.name.removesuffix(".tmp")
-        self.shards.append(_ShardEntry(name=name, bytes=path.stat().st_size))
-        rename(path, self.folder / name)
-
-    def finish(self, name: str) -> Summary:
-        self.close_shard()
-        index = _IndexFile(shards=self.shards, samples=self.samples)
-        write_file(self.folder / name, index.model_dump_json().encode())
-        return Summary(len(self.samples.key), len(self.shards), sum(shard.bytes for shard in self.shards))
-
-    def _temporary(self) -> Path:
-        return self.folder / f"shard-{len(self.shards):06d}.tar.tmp"

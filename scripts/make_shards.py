@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.progress import track
 
 from data.decode import BadSample, probe
-from data.shards import INDEX, PARTIAL_INDEX, Record, refuse_used, write_shards
+from data.index_file import INDEX, PARTIAL_INDEX
+from data.shards import Record, refuse_used, write_shards
 from lingen.compose import parse
 from lingen.config import Share
 from lingen.errors import UserError, run_main
