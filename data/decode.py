@@ -69,7 +69,17 @@ def probe(media: bytes) -> ClipInfo:
     return ClipInfo(len(times), (len(times) - 1) / float(times[-1] - times[0]), height, width)
 
 
-def decode_clip(media: bytes, *, frames: int, height: int, width: int, fps: float, start: float) -> torch.Tensor:
+def decode_clip(
+    media: bytes,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    start: float,
+    begin: float = 0.0,
+    end: float = 0.0,
+) -> torch.Tensor:
     """The window of a clip that fills a bucket.
 
     Args:
@@ -77,6 +87,8 @@ def decode_clip(media: bytes, *, frames: int, height: int, width: int, fps: floa
         frames, height, width: the bucket. The source's middle is cropped to the shape of height x width, and scaled.
         fps: rate of the result; each of its frames is the source's nearest in time.
         start: in [0, 1), where the window lies among all places that it could have.
+        begin, end: the clip is the frames of the media in [begin, end) seconds after its first one; an end of 0 is the
+            media's own.
 
     Returns:
         uint8 pixels (3, f, h, w).
@@ -91,10 +103,25 @@ def decode_clip(media: bytes, *, frames: int, height: int, width: int, fps: floa
     clip = torch.empty(frames, 3, height, width, dtype=torch.uint8)
     with _decoding():
         times, read = _open_video(media)
-        picked = _nearest_frames(times, frames, fps, start)
+        first, last = part_of(times, begin, end)
+        picked = [first + i for i in _nearest_frames(times[first:last], frames, fps, start)]
         for at in range(0, frames, CHUNK):
             clip[at : at + CHUNK] = _cover(read(picked[at : at + CHUNK]), height, width)
     return clip.permute(1, 0, 2, 3).contiguous()  # (3, f, h, w)
+
+
+def part_of(times: Times, begin: float, end: float) -> tuple[int, int]:
+    """(first, last + 1) of the frames in [begin, end) seconds after the first one; an end of 0 is the media's own.
+
+    Raises:
+        BadSample: there is none.
+    """
+    since = times - times[0] + SLACK_S / 2  # rounded timestamps may lie a little before what was asked
+    first = int(np.searchsorted(since, begin))
+    last = int(np.searchsorted(since, end)) if end else len(times)
+    if last <= first:
+        raise BadSample("too short", f"no frames from {begin:g} to {end:g} s")
+    return first, last
 
 
 def _nearest_frames(times: Times, frames: int, fps: float, start: float) -> list[int]:

@@ -108,7 +108,16 @@ class _Decoder(Dataset[tuple[Batch, list[Hole]]]):
     def _clip(self, row: int, job: Job, start: float) -> torch.Tensor:
         media = read_member(self.index, row, verify=self.verify)
         shape = job.bucket
-        return decode_clip(media, frames=shape.frames, height=shape.height, width=shape.width, fps=job.fps, start=start)
+        return decode_clip(
+            media,
+            frames=shape.frames,
+            height=shape.height,
+            width=shape.width,
+            fps=job.fps,
+            start=start,
+            begin=float(self.index.begin[row]),
+            end=float(self.index.end[row]),
+        )
 
 
 def _start_worker(_: int) -> None:
