@@ -89,14 +89,45 @@ class DataConfig(Section):
     verify_checksums: bool = True
 
 
+class TileConfig(Section):
+    """Tiles that an autoencoder works in, in pixels; null leaves an axis whole."""
+
+    frames: Annotated[int, Field(gt=1)] | None = None
+    height: PositiveInt | None = None
+    width: PositiveInt | None = None
+    overlap: Annotated[float, Field(ge=0.0, le=0.5)] = 0.25  # of a tile, that its neighbour has too
+
+
 class AutoencoderConfig(Section):
     """The latent space. ``time`` and ``space`` are its ratios: r*k + 1 frames become k + 1 latent frames."""
 
-    kind: Literal["pca"]
-    path: PathText
+    kind: Literal["pca", "diffusers"]
+    path: PathText  # pca: a file; diffusers: a folder, or a hub id that was fetched before
+    subfolder: Annotated[str, AfterValidator(lambda name: _safe_name(name) if name else name)] = ""  # of path
     channels: PositiveInt = 16
     time: PositiveInt = 8
     space: PositiveInt = 8
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of its weights and activations; latents are always fp32
+    tile: TileConfig | None = None  # None: whole clips at once
+
+    @model_validator(mode="after")
+    def _pca_is_one_fp32_file(self) -> AutoencoderConfig:
+        if self.kind == "pca" and (self.subfolder or self.dtype != "fp32"):
+            raise ValueError("autoencoder.kind=pca is one file in fp32: it takes neither subfolder nor dtype")
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_are_latents(self) -> AutoencoderConfig:
+        if self.tile is None:
+            return self
+        if self.tile.frames is not None and (self.tile.frames - 1) % self.time:
+            near = (self.tile.frames - 1) // self.time * self.time + 1 + self.time
+            raise ValueError(f"autoencoder.tile.frames={self.tile.frames} is not {self.time}*k + 1, such as {near}")
+        for side in ("height", "width"):
+            size = getattr(self.tile, side)
+            if size is not None and size % self.space:
+                raise ValueError(f"autoencoder.tile.{side}={size} is not a multiple of autoencoder.space={self.space}")
+        return self
 
 
 class TextConfig(Section):

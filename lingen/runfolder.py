@@ -16,7 +16,7 @@ from lingen.files import write_file
 FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema", "data", "validation")
 # ... except for where a file lies, and what only a start's speed depends on.
 FREE = {
-    "autoencoder": {"path"},  # its fingerprint is compared
+    "autoencoder": {"path", "subfolder", "tile"},  # its fingerprint is compared
     "text": {"cache"},
     "data": {"path", "workers", "prefetch", "max_bad_share", "verify_checksums"},  # the index's fingerprint is
     "validation": {"every_steps", "batch_size"},

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from lingen.autoencoders.base import Autoencoder, to_float
+from lingen.autoencoders.diffusers import load_diffusers
 from lingen.autoencoders.pca import load_pca
 from lingen.config import AutoencoderConfig
 
 __all__ = ["Autoencoder", "load_autoencoder", "to_float"]
 
-LOADERS = {"pca": load_pca}
+LOADERS = {"pca": load_pca, "diffusers": load_diffusers}
 
 
 def load_autoencoder(config: AutoencoderConfig, device: torch.device | str) -> Autoencoder:

@@ -47,7 +47,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], also: str = "") -> str:
     digest = hashlib.sha256(also.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # numpy knows no bf16
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)  # numpy knows no bf16
     return digest.hexdigest()
 
 

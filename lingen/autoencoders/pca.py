@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
-from lingen.autoencoders.base import fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
+from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
+from lingen.autoencoders.tiles import tiled
 from lingen.config import AutoencoderConfig
 from lingen.errors import UserError
 
@@ -85,8 +86,8 @@ class PcaAutoencoder:
         return clip.reshape(batch, 3, weight.shape[2], height * self.space, width * self.space)
 
 
-def load_pca(config: AutoencoderConfig, device: torch.device | str) -> PcaAutoencoder:
-    """The PCA that the file ``config.path`` holds, on ``device``.
+def load_pca(config: AutoencoderConfig, device: torch.device | str) -> Autoencoder:
+    """The PCA that the file ``config.path`` holds, on ``device``, in tiles where the configuration says so.
 
     Raises:
         UserError: the file is missing or damaged, or its ratios or channels are not those of the configuration.
@@ -106,7 +107,7 @@ def load_pca(config: AutoencoderConfig, device: torch.device | str) -> PcaAutoen
         )
     channels, _, time, space, _ = tensors["basis"].shape
     refuse_other_ratios(config, channels, time, space)
-    return PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], device)
+    return tiled(PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], device), config.tile)
 
 
 def fit_pca(
