@@ -69,6 +69,18 @@ def probe(media: bytes) -> ClipInfo:
     return ClipInfo(len(times), (len(times) - 1) / float(times[-1] - times[0]), height, width)
 
 
+def frame_times(media: bytes) -> Times:
+    """When each frame of a video is shown, in seconds after its first one: (F,).
+
+    Raises:
+        BadSample: it cannot be decoded.
+    """
+    with _decoding():
+        times: Times = _open_video(media)[0]
+        since: Times = times - times[0]
+    return since
+
+
 def decode_clip(
     media: bytes,
     *,
