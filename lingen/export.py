@@ -36,6 +36,7 @@ class Origin(BaseModel):
     tokens: int
     checkpoint_sha256: str  # of the checkpoint's manifest
     autoencoder_fingerprint: str
+    text_fingerprint: dict[str, str]  # by encoder
     lineage: list[dict[str, Any]]
 
 
@@ -46,6 +47,7 @@ class Trained:
     config: Config
     weights: dict[str, torch.Tensor]
     autoencoder_fingerprint: str  # of the latents that the weights know
+    text_fingerprint: dict[str, str]  # of each text encoder whose states they know
 
 
 def export_finished(config: Config, dist: Dist) -> None:
@@ -82,6 +84,7 @@ def _export(config: Config, name: str) -> None:
         tokens=manifest.tokens,
         checkpoint_sha256=digest,
         autoencoder_fingerprint=state["autoencoder_fingerprint"],
+        text_fingerprint=state["text_fingerprint"],
         lineage=state["lineage"],
     )
     (out / ORIGIN).unlink(missing_ok=True)
@@ -113,7 +116,8 @@ def load_trained(path: Path) -> Trained:
             origin = _read_origin(path)
             if origin is None:
                 raise UserError(f"{path / ORIGIN} is missing or damaged; the export is incomplete")
-            return Trained(read_config(path / CONFIG), weights, origin.autoencoder_fingerprint)
+            fingerprints = origin.autoencoder_fingerprint, origin.text_fingerprint
+            return Trained(read_config(path / CONFIG), weights, *fingerprints)
         except SafetensorError as error:
             raise UserError(f"{path / WEIGHTS} cannot be read, it may be incomplete: {error}") from error
     folder = path if (path / MANIFEST).exists() else newest_folder(path)
@@ -126,8 +130,10 @@ def load_trained(path: Path) -> Trained:
     problem = problem_with(folder)
     if problem is not None:
         raise UserError(f"{folder} is not a whole checkpoint: {problem}")
-    fingerprint = json.loads((folder / STATE).read_text())["autoencoder_fingerprint"]
-    return Trained(_of_stage(config, stage.name), checkpoint.assemble(folder, "ema"), fingerprint)
+    state = json.loads((folder / STATE).read_text())
+    weights = checkpoint.assemble(folder, "ema")
+    fingerprints = state["autoencoder_fingerprint"], state["text_fingerprint"]
+    return Trained(_of_stage(config, stage.name), weights, *fingerprints)
 
 
 def newest_folder(stage_dir: Path) -> Path | None:

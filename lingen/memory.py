@@ -84,7 +84,7 @@ def predict(config: Config, grid: Grid, *, batch: int, world: int, kernels: Mapp
 def model_on_meta(config: Config) -> Backbone:
     """The model of a run, to ask for its shapes; nothing is allocated."""
     with torch.device("meta"):
-        return make_model(config, text_dim=config.text.dim)
+        return make_model(config)
 
 
 # ------------------------------------------------------------------------------------ weights, gradients, optimizer
@@ -192,8 +192,9 @@ def _step(model: Backbone, config: Config, grid: Grid, batch: int, dtype: torch.
     sides = tuple(n * side for n, side in zip(grid, config.size.patch, strict=True))
     latents, noise = torch.empty(2, batch, config.autoencoder.channels, *sides, device="meta")
     sigma = torch.empty(batch, device="meta")
-    states = torch.empty(batch, config.text.length, config.text.dim, device="meta", dtype=dtype)
-    mask = torch.ones(batch, config.text.length, device="meta", dtype=torch.bool)
+    encoders = config.text.encoders
+    states = {name: torch.empty(batch, e.length, e.dim, device="meta", dtype=dtype) for name, e in encoders.items()}
+    mask = torch.ones(batch, sum(config.text.lengths.values()), device="meta", dtype=torch.bool)
     x = interpolate(latents, noise, sigma)
     velocity = model(x.to(dtype), sigma, states, mask).float()
     sample_losses(velocity, latents, noise).sum().backward()  # type: ignore[no-untyped-call]

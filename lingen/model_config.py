@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Sides = tuple[PositiveInt, PositiveInt, PositiveInt]  # (T, H, W)
 Scan = Literal["rotary", "fixed", "zigzag", "hilbert"]  # fixed: spatial row-major in every layer
 

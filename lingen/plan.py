@@ -83,7 +83,7 @@ def make_plan(config: Config, index: Index, *, world: int, device: str) -> Plan:
         for bucket, bucket_steps in zip(stage.buckets, steps, strict=True):
             grid = token_grid(config, bucket.frames, bucket.height, bucket.width)
             count: BucketCount = counts[stage.name][str(bucket)]
-            forward = model.flops(grid, config.text.length)
+            forward = model.flops(grid, config.text.lengths)
             buckets.append(BucketPlan(bucket, prod(grid), bucket_steps, count.train, count.holdout, forward))
         memory = None
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lingen.begin import Inputs, StageState, Start
 from lingen.config import Config, StageConfig
@@ -64,11 +65,12 @@ def print_choices(config: Config, dist: Dist) -> None:
     )
 
 
-def fingerprints(run: Run) -> dict[str, str]:
+def fingerprints(run: Run) -> dict[str, Any]:
     """What the run sees: without it, two losses cannot be compared, nor a position in the data understood."""
     return {
         "data_fingerprint": run.inputs.index.fingerprint,
         "autoencoder_fingerprint": run.inputs.autoencoder.fingerprint,
+        "text_fingerprint": run.inputs.text.fingerprints,
     }
 
 

@@ -15,9 +15,9 @@ from lingen.files import write_file
 # What a run may not change from one start to the next: with another value it would be another experiment.
 FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema", "data", "validation")
 # ... except for where a file lies, and what only a start's speed depends on.
-FREE = {
+FREE: dict[str, Any] = {
     "autoencoder": {"path", "subfolder", "tile"},  # its fingerprint is compared
-    "text": {"cache"},
+    "text": {"cache": True, "encoders": {"__all__": {"path"}}},  # each encoder's fingerprint is compared
     "data": {"path", "workers", "prefetch", "max_bad_share", "verify_checksums"},  # the index's fingerprint is
     "validation": {"every_steps", "batch_size"},
 }
@@ -44,7 +44,7 @@ def architecture(config: Config) -> dict[str, Any]:
         "model": config.model.model_dump(mode="json"),
         "size": config.size.model_dump(mode="json"),
         "latent": config.autoencoder.model_dump(mode="json", include={"channels", "time", "space"}),
-        "text": {"dim": config.text.dim},
+        "text": config.text.model_dump(include={"encoders": {"__all__": {"dim", "projection"}}})["encoders"],
     }
 
 

@@ -1,6 +1,6 @@
 """One optimizer step of flow matching, as it is done on every rank.
 
-Shapes: B samples of a micro-batch, F frames, C channels, T x H x W latent positions, L text tokens of width D_text.
+Shapes: B samples of a micro-batch, F frames, C channels, T x H x W latent positions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from lingen.config import FlowConfig
 from lingen.dist import Dist
 from lingen.engine import Engine
 from lingen.errors import UserError
-from lingen.flow import draw, interpolate, sample_losses
+from lingen.flow import draw, draw_left_out, interpolate, sample_losses
 from lingen.models import Backbone
-from lingen.text import TextEncoder
-
-Text = tuple[torch.Tensor, torch.Tensor]  # states (B, L, D_text), mask (B, L)
+from lingen.text import Text, TextEncoder, moved
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,14 @@ class Networks:
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:
         """The model's velocity at ``x`` (B, C, T, H, W) and ``sigma`` (B,), in fp32."""
-        states, mask = (part.to(self.device) for part in text)
-        velocity: torch.Tensor = self.engine.model(x.to(self.dtype), sigma, states.to(self.dtype), mask)
+        states, mask = moved(text, self.device, self.dtype)
+        velocity: torch.Tensor = self.engine.model(x.to(self.dtype), sigma, states, mask)
         return velocity.float()
 
     def forward_flops(self, grid: tuple[int, int, int]) -> int:
         """FLOPs of the model's forward for one sample of ``grid`` = (T, H, W) tokens."""
         if grid not in self._flops:  # counted layer by layer, which takes half a millisecond
-            self._flops[grid] = int(self.model.flops(grid, self.text.length))
+            self._flops[grid] = int(self.model.flops(grid, self.text.lengths))
         return self._flops[grid]
 
 
@@ -136,8 +134,9 @@ def batch_losses(
         device=networks.device,
     )
     captions = ["" if drop else text for text, drop in zip(batch.captions, drawn.drop_caption, strict=True)]
+    left_out = draw_left_out(batch.positions.tolist(), networks.text.dropout, seed=seed, samples_seen=samples_seen)
     x = interpolate(latents, drawn.noise, drawn.sigma)
-    velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions))
+    velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions, left_out))
     return sample_losses(velocity, latents, drawn.noise)
 
 

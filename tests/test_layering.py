@@ -16,7 +16,7 @@ import pytest
 # fmt: off
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
-     "lingen.compose"),
+     "lingen.text_config", "lingen.compose"),
     ("lingen.agreement", "lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output",
      "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),
@@ -35,9 +35,10 @@ ROWS = (
 # Rooms that see less than the rows above them.
 ONLY = {
     "data": ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
-             "lingen.compose", "data"),
+             "lingen.text_config", "lingen.compose", "data"),
     "lingen.kernels": ("lingen.kernels",),
-    "lingen.models": ("lingen.errors", "lingen.config", "lingen.model_config", "lingen.kernels", "lingen.models"),
+    "lingen.models": ("lingen.errors", "lingen.config", "lingen.model_config", "lingen.text_config", "lingen.kernels",
+                      "lingen.models"),
 }
 # fmt: on
 FILE_LINES = 350

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,7 +34,9 @@ class Model(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((3, 1, 1, 1), 0.5))
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, states: dict[str, torch.Tensor], mask: torch.Tensor
+    ) -> torch.Tensor:
         return x * self.weight  # (B, 3, F, H, W)
 
 
@@ -45,10 +47,10 @@ class Autoencoder:
 
 
 class Text:
-    length = 1
+    dropout: ClassVar[dict[str, float]] = {}
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool)
+    def encode(self, captions: list[str], left_out: list[set[str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return {}, torch.ones(len(captions), 1, dtype=torch.bool)
 
 
 def batch(dist: Dist, level: int = WHOLE, *, valid: bool = True) -> Batch:

@@ -94,7 +94,7 @@ def test_a_training_step_trains() -> None:
 
 
 def subject(*words: str, train: bool = False) -> Subject:
-    return Subject(bench_config("dit", "tiny", "text.length=8", *words), CPU, train=train)
+    return Subject(bench_config("dit", "tiny", "text.encoders.minilm.length=8", *words), CPU, train=train)
 
 
 def test_compiled_blocks_share_the_weights_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
