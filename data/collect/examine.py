@@ -109,8 +109,14 @@ def _examine(words: Words, root: Path, entry: Entry, rejected: list[Rejection]) 
         return [(part.caption, span) for span in found]
 
     def judged(sample: tuple[str, Span]) -> list[Window]:
-        window = _window(key, sample[0], info, times, sample[1])
-        judge(words, window, media)
+        caption, (begin, end) = sample
+        try:
+            window = _window(key, caption, info, times, (begin, end))
+            judge(words, window, media)
+        except BadSample as bad:
+            if (begin, end) == WHOLE:
+                raise
+            raise type(bad)(bad.reason, f"{bad.detail}, from {begin:g} to {end:g} s") from bad
         return [window]
 
     windows = _keep(entry, rejected, _keep(entry, rejected, parts, spans), judged)
@@ -244,7 +250,7 @@ def _window(key: str, caption: str, info: ClipInfo, times: Times, span: Span) ->
     first, last = part_of(times, begin, end)
     frames, shown = last - first, float(times[last - 1] - times[first])
     if frames < 2 or shown <= 0:
-        raise Filtered("too short", f"{frames} frames from {begin:g} to {end:g} s")
+        raise Filtered("too short", f"{frames} frames")
     part = replace(info, frames=frames, fps=(frames - 1) / shown)
     return Window(f"{key}@{begin * 1000:.0f}-{end * 1000:.0f}ms", caption, part, begin, end)
 

@@ -78,7 +78,7 @@ def write_report(words: Words, output: Path, report: dict[str, Any], rejected: l
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     ).get_template("report.html.j2")
     page = template.render(
-        title=f"{output.name}: {report['samples']:,} samples",
+        title=f"{output.resolve().name}: {report['samples']:,} samples",
         words=words.binding(),
         report=report,
         reasons=reasons(rejected, report["samples"]),
@@ -172,6 +172,7 @@ def histogram(title: str, note: str, values: npt.NDArray[Any]) -> Histogram | No
     ]
     places: Sequence[int] = range(0, BINS + 1, BINS // 4)
     ticks = [(place / BINS, f"{edges[place]:.3g}" if edges[place] < 1e4 else f"{edges[place]:.0f}") for place in places]
-    median = f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}"
     scale = ", logarithmic" if logarithmic else ""
-    return Histogram(title, f"{note}{scale}; {median}", bars, 1 / BINS, ticks)
+    median = f"median {np.median(values):.4g}, from {values.min():.4g} to {values.max():.4g}"
+    note = f"{note}{scale}; {median}; the highest bar is {counts.max():,}"
+    return Histogram(title, note, bars, 1 / BINS, ticks)
