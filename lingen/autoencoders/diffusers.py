@@ -182,10 +182,20 @@ def load_diffusers(config: AutoencoderConfig, device: torch.device | str) -> Aut
         weights = {**model.state_dict(), "lingen.mean": statistics[0], "lingen.std": statistics[1]}
         identity = fingerprint(weights, also=json.dumps([name, settings], sort_keys=True))
         vae = DiffusersVae(model, rule, identity, device, DTYPES[config.dtype])
+        _refuse_statistics(*statistics, vae.channels)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{where} holds a {name} that cannot be used: {' '.join(str(error).split())[:240]}") from error
     refuse_other_ratios(config, vae.channels, vae.time, vae.space)
     return Normalised(tiled(vae, config.tile), statistics, device)
+
+
+def _refuse_statistics(mean: torch.Tensor, std: torch.Tensor, channels: int) -> None:
+    """Raises:
+    ValueError: these are not ``channels`` means and positive deviations.
+    """
+    good = bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
+    if not good or len(mean) != len(std) or len(mean) not in (1, channels):
+        raise ValueError(f"its statistics are {len(mean)} means and {len(std)} deviations for {channels} channels")
 
 
 def _folder(config: AutoencoderConfig) -> Path:

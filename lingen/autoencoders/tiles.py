@@ -32,7 +32,7 @@ class TiledAutoencoder:
 
     The tiles of an axis overlap by ``tile.overlap`` of their length or more: the last one ends with the clip, so all
     are of one size. What they have in common is mixed by a ramp over its middle half in space. In time the ramp is
-    over the second half: an autoencoder looks back, so a tile's beginning is worse than its end.
+    over its third quarter: an autoencoder looks back, so a tile's beginning is worse than its end.
     """
 
     def __init__(self, inner: Autoencoder, tile: TileConfig) -> None:
@@ -119,7 +119,7 @@ def _join(whole: torch.Tensor, part: torch.Tensor, dim: int, begin: int, end: in
     shape = [1] * part.ndim
     shape[dim] = common
     ramp = (torch.arange(common, device=part.device) + 0.5) / max(common, 1)  # 0 to 1 over what both have
-    ramp = (2 * ramp - (1.0 if late else 0.5)).clamp(0, 1).view(shape).to(part.dtype)
+    ramp = (4 * ramp - 2 if late else 2 * ramp - 0.5).clamp(0, 1).view(shape).to(part.dtype)
     both = whole.narrow(dim, begin, common)
     both.copy_(both.lerp(part.narrow(dim, 0, common), ramp))  # exact where both are equal
     rest = part.shape[dim] - common
