@@ -28,7 +28,7 @@ from lingen.models import make_model
 from lingen.models.parallel import SequenceGroup, parallelise
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
-from lingen.text import TextEncoder, load_text_encoders, refuse_other_text
+from lingen.text.encoders import TextEncoder, load_text_encoders, refuse_other_text
 
 
 @dataclass(frozen=True)

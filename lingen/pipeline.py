@@ -24,7 +24,7 @@ from lingen.flow import bucket_shift, generator
 from lingen.models import Backbone, make_model
 from lingen.sampling.guidance import guided
 from lingen.sampling.solver import euler, sigma_schedule
-from lingen.text import TextEncoder, load_text_encoders, refuse_other_text
+from lingen.text.encoders import TextEncoder, load_text_encoders, refuse_other_text
 from lingen.text_config import TextConfig
 
 

@@ -20,7 +20,8 @@ from lingen.engine import Engine
 from lingen.errors import UserError
 from lingen.flow import draw, draw_left_out, interpolate, sample_losses
 from lingen.models import Backbone
-from lingen.text import Text, TextEncoder, moved
+from lingen.text.encoders import TextEncoder
+from lingen.text.join import Text, moved
 
 
 @dataclass(frozen=True)

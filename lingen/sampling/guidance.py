@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lingen.sampling.solver import Denoise
-from lingen.text import Text, moved, stacked
+from lingen.text.join import Text, moved, stacked
 
 
 def guided(model: nn.Module, text: Text, negative: Text, scale: float) -> Denoise:

@@ -13,7 +13,9 @@ import torch
 import transformers as hf
 
 from lingen.errors import UserError
-from lingen.text import MINILM_PACKAGE, HuggingFaceEncoder, TextEncoders, load_encoder, quoted
+from lingen.text.encoder import HuggingFaceEncoder, quoted
+from lingen.text.encoders import TextEncoders
+from lingen.text.load import MINILM_PACKAGE, load_encoder
 from lingen.text_config import EncoderConfig
 from tests.text_models import KINDS, T5, save, save_byt5, save_t5, save_tokenizer
 
@@ -188,7 +190,7 @@ def test_a_tokenizer_may_lie_beside_as_in_pipelines(t5: Path, tmp_path: Path) ->
         ({"path": "no/such/folder/here"}, r"text\.encoders\.mine\.path=no/such/folder/here: there is no such folder"),
         (
             {"path": "somebody/never-fetched"},
-            r"text\.encoders\.mine\.path=somebody/never-fetched is neither .*: hf download somebody/never-fetched --incl",
+            r"mine\.path=somebody/never-fetched is neither .* fetch it with: hf download somebody/never-fetched -",
         ),
         ({"path": "never--fetched"}, r"mine\.path=never--fetched is neither a folder nor"),
         (
