@@ -73,8 +73,8 @@ def test_a_tiled_autoencoder_is_the_same_one(pca: PcaAutoencoder) -> None:
 
 
 # The relative RMS error of (latents, decoded pixels) that was measured for these small random instances, and a third
-# more; the deviation within a channel is 1. What remains is what a tile cannot know: norms and attention over a whole frame
-# (HunyuanVideo: over all frames), and what random weights carry further than an overlap.
+# more; the deviation within a channel is 1. What remains is what a tile cannot know: norms and attention over a whole
+# frame (HunyuanVideo: over all frames), and what random weights carry further than an overlap.
 IN_SPACE = {
     "AutoencoderKLWan": (0.075, 0.055),
     "AutoencoderKLHunyuanVideo": (0.15, 0.41),
