@@ -34,7 +34,7 @@ from data.buckets import (
 from data.shards import Index
 from data.workers import PADDING, Hole, Job, decode
 from lingen.config import BucketConfig, DataConfig, StageConfig
-from lingen.errors import UserError
+from lingen.errors import LocalError, UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 
@@ -148,12 +148,19 @@ class StageLoader:
 
 
 def log_holes(bad_log: Path | None, rank: int, step: int | None, holes: list[Hole]) -> None:
-    """Name the holes in this rank's JSONL file; ``step`` is the stage's, None for held-out samples."""
+    """Name the holes in this rank's JSONL file; ``step`` is the stage's, None for held-out samples.
+
+    Raises:
+        LocalError: it cannot be written.
+    """
     if holes and bad_log:
         own = bad_log.with_stem(f"{bad_log.stem}-rank{rank}")
-        own.parent.mkdir(parents=True, exist_ok=True)
-        with own.open("a") as log:
-            log.writelines(json.dumps({"step": step, **vars(hole)}) + "\n" for hole in holes)
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            with own.open("a") as log:
+                log.writelines(json.dumps({"step": step, **vars(hole)}) + "\n" for hole in holes)
+        except OSError as error:
+            raise LocalError(f"{own} cannot be written ({error.strerror}): mend it, then run again") from error
 
 
 def rank_slices(batch_size: int, rank: int, world: int, grad_accumulation: int) -> list[Ints]:

@@ -1,6 +1,7 @@
 """At start, every rank says what it is about to run; one that would run something else is named, before it trains.
 
-A node with an older checkout, another environment or a stale copy of the index makes a run that no one can repeat.
+A node with an older checkout, another environment or a stale copy of the data or the autoencoder makes a run that no
+one can repeat.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ NAMED = 4  # so many ranks, and so many differences, are named; the others are c
 Table = dict[str, str]  # what is compared: its name and its value
 
 
-def refuse_disagreement(config: Config, index_fingerprint: str, dist: Dist) -> None:
-    """Return where all ranks have the same code, configuration and data index. Collective.
+def refuse_disagreement(config: Config, index_fingerprint: str, autoencoder_fingerprint: str, dist: Dist) -> None:
+    """Return where all ranks have the same code, configuration, data index and autoencoder. Collective.
 
     Digests are compared first; only where they differ do rank 0 and the first of the others show what is behind.
 
     Raises:
         UserError: some rank differs from rank 0; on all ranks, with those ranks, their hosts and what differs.
     """
-    tables = dist.together(lambda: tables_of(config, index_fingerprint))
+    tables = dist.together(lambda: tables_of(config, index_fingerprint, autoencoder_fingerprint))
     digests = {kind: hashlib.sha256(json.dumps(table).encode()).hexdigest() for kind, table in tables.items()}
     everyone = dist.gather({"host": socket.gethostname(), **digests})
     others = {kind: [rank for rank, one in enumerate(everyone) if one[kind] != everyone[0][kind]] for kind in tables}
@@ -48,10 +49,10 @@ def refuse_disagreement(config: Config, index_fingerprint: str, dist: Dist) -> N
         who = listed([f"rank {rank} ({everyone[rank]['host']})" for rank in ranks], "ranks")
         what = listed(differences(shown[0][kind], shown[ranks[0]][kind]), "differences")
         problems.append(f"{who}: another {kind} than {first}: {what}")
-    raise UserError(f"{'; '.join(problems)}; start all ranks from one checkout, environment and data.path")
+    raise UserError(f"{'; '.join(problems)}; start all ranks from one checkout, environment, data and autoencoder")
 
 
-def tables_of(config: Config, index_fingerprint: str) -> dict[str, Table]:
+def tables_of(config: Config, index_fingerprint: str, autoencoder_fingerprint: str) -> dict[str, Table]:
     """What this rank is about to run, by kind.
 
     Raises:
@@ -61,12 +62,14 @@ def tables_of(config: Config, index_fingerprint: str) -> dict[str, Table]:
         "code": code(),
         "configuration": flat(config.model_dump(mode="json")),
         "data index": {"the fingerprint of data.path": index_fingerprint[:12]},
+        "autoencoder": {"the fingerprint of autoencoder.path": autoencoder_fingerprint[:12]},
     }
 
 
 def code() -> Table:
     """The digest of each source file, and the versions of what it runs on."""
-    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    found = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    paths = [path for path in found if not path.name.startswith(".")]  # an editor's, such as Emacs' lock, a dead link
     files = {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths}
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES} | files
 

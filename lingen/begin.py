@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from lingen.engine import DTYPES, make_engine
 from lingen.errors import UserError
 from lingen.export import newest_folder
 from lingen.guard import Guard
-from lingen.manifest import MANIFEST, manifest_digest, read_manifest, step_folders
+from lingen.lineage import (
+    lineage_entry,
+    refuse_cutting_off,
+    refuse_other_lineage,
+    refuse_other_stage,
+    refuse_reopening,
+)
+from lingen.manifest import read_manifest, step_of
 from lingen.models import make_model
 from lingen.models.parallel import SequenceGroup, parallelise
 from lingen.runfolder import architecture, run_folder, stage_folder
@@ -98,7 +106,8 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         checkpoint.sweep(folder, dist)
         newest = checkpoint.latest(folder, dist)
         if newest is not None:
-            refuse_other_lineage(config, stages[:number], newest)
+            refuse_other_stage(stages[number], newest)
+            dist.together(partial(refuse_other_lineage, config, stages[:number], newest))  # each reads the disk itself
             refuse_reopening(stages[number], newest)
             start = Start(newest, resume=not newest.manifest.final)
             remaining = stages[number + newest.manifest.final :]
@@ -109,9 +118,9 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
         refuse_other_encoders(start.checkpoint, inputs)
         if start.resume:
-            refuse_other_data(start.checkpoint, config.data.path, inputs.index)
+            refuse_other_data(start.checkpoint, remaining[0], config.data.path, inputs.index)
     if remaining:
-        refuse_cutting_off(config, start)
+        dist.together(partial(refuse_cutting_off, config, start.checkpoint, start.progress.step))
     return remaining, start
 
 
@@ -131,79 +140,25 @@ def open_init(config: Config, dist: Dist) -> Checkpoint | None:
     return there
 
 
-def refuse_other_lineage(config: Config, before: list[StageConfig], there: Checkpoint) -> None:
-    """A stage goes on only from what it began with. What it began with may be gone, but not be another.
-
-    Raises:
-        UserError: the stage before was trained again, or ``init_from`` names another checkpoint than the first time.
-    """
-    began = there.progress["lineage"][-1]
-    sources = possible_sources(config, before)
-    if not sources or began["from_sha256"] in [manifest_digest(source) for source in sources]:
-        return
-    origin = Path(began["from_checkpoint"]) if began["from_checkpoint"] else None
-    if origin and not before and not origin.exists() and origin.parent.resolve() == sources[0].parent.resolve():
-        return  # pruned since, by a stage that has gone on
-    raise UserError(
-        f"{there.folder} was not trained from {sources[-1]}; remove {there.folder.parent} to train that stage anew, or "
-        "choose another name="
-    )
-
-
-def possible_sources(config: Config, before: list[StageConfig]) -> list[Path]:
-    """What a stage may have begun with: the final checkpoint of the stage before, or those that ``init_from`` names."""
-    if before:
-        newest = newest_folder(stage_folder(config, before[-1].name))
-        return [newest] if newest is not None and read_manifest(newest).final else []
-    if config.init_from is None:
-        return []
-    named = Path(config.init_from)
-    folders = [named] if (named / MANIFEST).exists() else step_folders(named)
-    return [folder for folder in folders if (folder / MANIFEST).exists()]
-
-
-def refuse_reopening(stage: StageConfig, there: Checkpoint) -> None:
-    """Raises:
-    UserError: the stage is finished, and now asked to be longer.
-    """
-    trained = there.progress["progress"]["stage_samples"]
-    if there.manifest.final and trained < stage.samples:
-        raise UserError(
-            f"stages.{stage.name}.samples={stage.samples}, but {there.folder} finished that stage after {trained}; go "
-            f"on from it under another name: stage={stage.name} init_from={there.folder}"
-        )
-
-
-def refuse_cutting_off(config: Config, start: Start) -> None:
-    """metrics.jsonl holds one line of steps, and a start drops those after its own.
-
-    Raises:
-        UserError: another stage in the run folder is further than this start.
-    """
-    own = start.checkpoint.folder.parent if start.checkpoint else None
-    for folder in sorted((run_folder(config) / "checkpoints").glob("*")):
-        newest = newest_folder(folder)
-        step = read_manifest(newest).step if newest else 0
-        if step > start.progress.step and (own is None or folder.resolve() != own.resolve()):
-            raise UserError(
-                f"name={config.name}: {folder} is at step {step}, further than step {start.progress.step} where this "
-                "would begin, and its records would be lost; choose another name, or remove that folder"
-            )
-
-
-def back_at(config: Config, stage: StageConfig, start: Start, dist: Dist) -> Start:
-    """The stage's newest regular checkpoint, or its beginning; what is later is removed. Collective.
+def back_at(config: Config, stage: StageConfig, start: Start, step: int, dist: Dist) -> Start:
+    """The stage's newest regular checkpoint up to ``step``, or its beginning; what is later is removed. Collective.
 
     Not one that a signal left: where a run goes back to must not depend on signals.
 
     Raises:
-        UserError: there is none, and what the stage began with is gone.
+        UserError: there is none, and what the stage began with is gone; or each one is damaged.
     """
     folder = stage_folder(config, stage.name)
-    regular = checkpoint.latest(folder, dist, only=checkpoint.is_regular)
+    regular = checkpoint.latest(folder, dist, only=lambda it: step_of(it) <= step and checkpoint.may_be_regular(it))
     target = beginning(start, dist) if regular is None else Start(regular, resume=True)
     checkpoint.discard_after(folder, target.progress.step, dist)
     return target
+
+
+def got_on(start: Start, newest: Start) -> bool:
+    """Whether a step was taken between two starts of a stage: a checkpoint amid refused steps is no progress."""
+    refused: int = newest.checkpoint.progress["guard"]["in_a_row"] if newest.checkpoint and newest.resume else 0
+    return newest.progress.step - start.progress.step > refused
 
 
 def beginning(start: Start, dist: Dist) -> Start:
@@ -220,14 +175,16 @@ def beginning(start: Start, dist: Dist) -> Start:
 
 def unfinished(config: Config, dist: Dist) -> Config:
     """``config`` without the stages that need no more training, judged by the manifests alone. Collective."""
-    names = list(config.stages)
-    remaining = names
-    for number in reversed(range(len(names))):
-        newest = newest_folder(stage_folder(config, names[number]))
-        if newest is not None:
-            remaining = names[number + read_manifest(newest).final :]
-            break
-    remaining = dist.gather(remaining)[0]
+
+    def remaining_here() -> list[str]:
+        names = list(config.stages)
+        for number in reversed(range(len(names))):
+            newest = newest_folder(stage_folder(config, names[number]))
+            if newest is not None:
+                return names[number + read_manifest(newest).final :]
+        return names
+
+    remaining = dist.gather(dist.together(remaining_here))[0]
     return config.model_copy(update={"stages": {name: config.stages[name] for name in remaining}})
 
 
@@ -251,7 +208,7 @@ def begin_stage(
         checkpoint.load(there, engine, ema, carry=carry, architecture=architecture(config), dist=dist)
         lineage = there.progress["lineage"]
     if not start.resume:
-        lineage = [*lineage, lineage_entry(stage, start)]
+        lineage = [*lineage, lineage_entry(stage, there, start.progress)]
     loader = dist.together(
         lambda: StageLoader(
             inputs.index,
@@ -291,26 +248,16 @@ def bad_log(config: Config, dist: Dist) -> Path | None:
     return run_folder(config) / "bad_samples.jsonl" if dist.sequence_rank == 0 else None
 
 
-def lineage_entry(stage: StageConfig, start: Start) -> dict[str, Any]:
-    """What a stage began with."""
-    there = start.checkpoint
-    return {
-        "stage": stage.name,
-        "from_checkpoint": str(there.folder) if there else None,
-        "from_sha256": manifest_digest(there.folder) if there else None,
-        "from_stage": there.manifest.stage if there else None,
-        "samples": start.progress.samples,
-        "tokens": start.progress.tokens,
-        "carry": stage.carry.model_dump() if there else None,
-    }
-
-
-def refuse_other_data(there: Checkpoint, path: str, index: Index) -> None:
-    """In the middle of a stage the position is a place in an order of these very samples.
+def refuse_other_data(there: Checkpoint, stage: StageConfig, path: str, index: Index) -> None:
+    """In the middle of a stage the position is a place in an order of these very samples, at this rate.
 
     Raises:
-        UserError: the shards changed since the checkpoint.
+        UserError: the shards changed since the checkpoint, or the rate, which decides what is long enough.
     """
+    if there.progress["fps"] != stage.fps:
+        raise UserError(
+            f"stages.{stage.name}.fps={stage.fps:g}, but {there.folder} is amid that stage at {there.progress['fps']:g}"
+        )
     before = there.progress["data_fingerprint"]
     if before != index.fingerprint:
         raise UserError(

@@ -11,10 +11,11 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -42,6 +43,7 @@ from lingen.shardfiles import Damaged, ShardReader
 RESUME = CarryConfig(weights="model", ema="carry", optimizer="carry")  # go on exactly where the checkpoint was taken
 SAVING, REPLACED, PRUNED = ".saving_", ".replaced_", ".pruned_"  # prefixes of folders that are not checkpoints
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -68,12 +70,15 @@ def latest(stage_dir: Path, dist: Dist, *, only: Callable[[Path], bool] = lambda
         UserError: there are checkpoints, but none is whole: a restart from zero would be silent loss; or the newest is
             of another schema: to go on from an older one would in time overwrite it.
     """
-    names: list[str] = dist.gather([folder.name for folder in step_folders(stage_dir) if only(folder)])[0]
-    problems = []
+
+    def find() -> list[str]:
+        return [folder.name for folder in step_folders(stage_dir) if only(folder)] if dist.rank == 0 else []
+
+    names, problems = dist.gather(dist.together(find))[0], []
     for name in reversed(names):
         problem = _check_together(stage_dir / name, dist)
         if problem is None:
-            return _read(stage_dir / name)
+            return _read(stage_dir / name, dist)
         problems.append(f"{name}: {problem}")
         if dist.rank == 0:
             _warn_of_damage(stage_dir / name, problem)
@@ -95,17 +100,17 @@ def discard_after(stage_dir: Path, step: int, dist: Dist) -> None:
     def remove() -> None:
         for folder in reversed(step_folders(stage_dir)) if dist.rank == 0 else ():
             if step_of(folder) > step:
-                shutil.rmtree(_hide(folder))
+                _remove(_hide(folder))
 
     dist.together(remove)
 
 
-def is_regular(folder: Path) -> bool:
-    """Whether a checkpoint was saved where the schedule says; not where that cannot be read."""
+def may_be_regular(folder: Path) -> bool:
+    """Whether a checkpoint was saved where the schedule says; also where nobody can tell, for ``latest`` to say so."""
     try:
         return parse_manifest(folder).regular
     except Damaged:
-        return False
+        return True
 
 
 def open_checkpoint(path: Path, dist: Dist) -> Checkpoint:
@@ -121,7 +126,7 @@ def open_checkpoint(path: Path, dist: Dist) -> Checkpoint:
     problem = _check_together(path, dist)
     if problem is not None:
         raise UserError(f"{path} is not a whole checkpoint: {problem}")
-    return _read(path)
+    return _read(path, dist)
 
 
 @torch.no_grad()
@@ -133,11 +138,11 @@ def load(
     A fresh average starts as the weights; a fresh optimizer at step 0 without momentum.
 
     Raises:
-        UserError: the checkpoint is of another architecture.
+        UserError: the checkpoint is of another architecture, or was damaged since it was checked.
     """
     refuse_other_architecture(checkpoint, architecture)
     weights = "ema" if carry.weights == "ema" else "master"
-    with ShardReader(checkpoint.shards) as reader:
+    with dist.together(lambda: _whole(checkpoint.folder, lambda: ShardReader(checkpoint.shards))) as reader:
         here = {f.name: f.shape for f in engine.fragments()}
         wrong = sorted(name for name, shape in here.items() if reader.shapes.get(name) != shape)
         if dist.any(bool(wrong)):  # together, so that no rank waits for another in refresh
@@ -164,11 +169,8 @@ def assemble(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is not a whole checkpoint.
     """
-    try:
-        with ShardReader(shard_paths(folder, read_manifest(folder))) as reader:
-            return reader.whole(kind)
-    except Damaged as damage:
-        raise UserError(f"{folder} is not a whole checkpoint: {damage}") from damage
+    with _whole(folder, lambda: ShardReader(shard_paths(folder, read_manifest(folder)))) as reader:
+        return reader.whole(kind)
 
 
 def export(folder: Path, out_dir: Path, config: dict[str, Any]) -> None:
@@ -188,22 +190,26 @@ def prune(saved: Path, keep_last: int) -> None:
     checkpoint that cannot be removed costs room and a warning, not the run. For rank 0 alone.
     """
     stage_dir, whole, regular = saved.parent, 0, 0
-    doomed = list(stage_dir.glob(f"{PRUNED}*"))  # that an earlier call could not remove
-    try:
+    with _costing_room():
         for folder in reversed(step_folders(stage_dir)):
             if step_of(folder) > step_of(saved):
                 continue
-            try:
+            with _costing_room(), suppress(Damaged, UserError):  # for a person to look at
                 manifest = parse_manifest(folder)
                 if whole < keep_last or (manifest.regular and regular < keep_last):
                     read_manifest(folder)
                     whole, regular = whole + 1, regular + manifest.regular
                 elif not manifest.kept:  # without a look at the files of all that are kept for good
-                    doomed.append(_hide(folder))
-            except (Damaged, UserError):
-                continue  # for a person to look at
-        for path in doomed:
-            shutil.rmtree(path)
+                    _hide(folder)
+        for path in stage_dir.glob(f"{PRUNED}*"):  # also what an earlier call could not remove
+            with _costing_room():
+                _remove(path)
+
+
+@contextmanager
+def _costing_room() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         log.warning("a checkpoint that is not kept could not be removed, and takes room: %s", error)
 
@@ -213,6 +219,14 @@ def _hide(folder: Path) -> Path:
     hidden = folder.with_name(f"{PRUNED}{folder.name}")
     folder.rename(hidden)
     return hidden
+
+
+def _remove(folder: Path) -> None:
+    """With all that is in it; where somebody linked to it, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def sweep(stage_dir: Path, dist: Dist) -> None:
@@ -229,7 +243,7 @@ def sweep(stage_dir: Path, dist: Dist) -> None:
                 path.rename(original)  # killed between the two renames of a replacement
         for prefix in (SAVING, REPLACED, PRUNED) if dist.rank == 0 else ():
             for path in stage_dir.glob(f"{prefix}*"):
-                shutil.rmtree(path)
+                _remove(path)
 
     dist.together(clear)
 
@@ -250,8 +264,19 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(folder: Path) -> Checkpoint:
-    return Checkpoint(folder, read_manifest(folder), json.loads((folder / STATE).read_text()))
+def _read(folder: Path, dist: Dist) -> Checkpoint:
+    def read() -> Checkpoint:
+        return Checkpoint(folder, read_manifest(folder), json.loads((folder / STATE).read_text()))
+
+    return dist.together(lambda: _whole(folder, read))
+
+
+def _whole(folder: Path, action: Callable[[], T]) -> T:
+    """What ``action`` reads from a checkpoint, which another run may be removing. Raises a UserError where it is."""
+    try:
+        return action()
+    except Damaged as damage:
+        raise UserError(f"{folder} is not a whole checkpoint: {damage}") from damage
 
 
 def _warn_of_damage(folder: Path, problem: str) -> None:

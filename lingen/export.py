@@ -6,6 +6,7 @@ runs/NAME/export/STAGE/{model.safetensors,config.yaml,export.json}
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,12 @@ def _export(config: Config, name: str) -> None:
         return
     digest = manifest_digest(folder)
     there = _read_origin(out)
-    if there is not None and there.checkpoint_sha256 == digest:
+    is_there = all((out / part).exists() for part in (WEIGHTS, CONFIG))
+    if is_there and there is not None and there.checkpoint_sha256 == digest:
         return
-    if problem_with(folder) is not None:
-        return  # the start that finds it damaged goes on from the one before, and finishes the stage again
+    if problem := problem_with(folder):  # where this is the run's last stage, the start goes on from the one before
+        print(f"warning: {name} is not exported: {folder}: {problem}", file=sys.stderr, flush=True)
+        return
     state = json.loads((folder / STATE).read_text())
     origin = Origin(
         stage=name,

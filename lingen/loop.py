@@ -28,6 +28,7 @@ from lingen.begin import (
     back_at,
     begin_stage,
     find_start,
+    got_on,
     load_inputs,
     open_init,
     unfinished,
@@ -84,6 +85,7 @@ def train(config: Config, stop: StopSignal) -> int:
     lease = None
     try:
         inputs = prepare(config, dist)
+        watchdog.beat("taking the lease of the run folder")
         lease = dist.together(lambda: Lease.take(run_folder(config)) if dist.rank == 0 else None)
         code = train_alone(config, inputs, dist, stop, watchdog, lease)
     finally:
@@ -104,7 +106,7 @@ def prepare(config: Config, dist: Dist) -> Inputs:
     """
     dist.together(lambda: choose_forms(config.kernels.model_dump(), dist.device, DTYPES[config.engine.dtype]))
     inputs = dist.together(lambda: load_inputs(config, dist))
-    refuse_disagreement(config, inputs.index.fingerprint, dist)
+    refuse_disagreement(config, inputs.index.fingerprint, inputs.autoencoder.fingerprint, dist)
     todo = unfinished(config, dist)
     plan = make_plan(todo, inputs.index, world=dist.world, device=dist.device.type)
     refuse_impossible(todo, plan, dist.data_world)
@@ -119,7 +121,10 @@ def train_alone(
     config: Config, inputs: Inputs, dist: Dist, stop: StopSignal, watchdog: Watchdog, lease: Lease | None
 ) -> int:
     """``train``, as the run folder's one writer; ``lease`` is rank 0's."""
+    dist.together(lambda: refuse_other_experiment(config))  # again: another may have written before it let go
+    watchdog.beat("checking the newest checkpoint")
     stages, start = find_start(config, inputs, dist)
+    watchdog.beat("exporting what is finished")
     export_finished(config, dist)
     if not stages:
         if dist.rank == 0:
@@ -142,6 +147,7 @@ def train_stages(run: Run, stages: list[StageConfig], start: Start) -> int:
         final = train_stage(run, stage, start)
         if final is None:
             return EXIT_PREEMPTED
+        run.watchdog.beat(f"checking {final}")
         start = Start(checkpoint.open_checkpoint(final, run.dist), resume=False)
     return 0
 
@@ -157,6 +163,7 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
     past: Position | None = None
     returns, refusal = 0, ""
     while True:
+        run.watchdog.beat(f"building the model of {stage.name}, and loading what it begins with")
         state = begin_stage(run.config, stage, start, run.inputs, run.dist, past=past)
         try:
             if past is not None:
@@ -172,8 +179,9 @@ def train_stage(run: Run, stage: StageConfig, start: Start) -> Path | None:
             past, refusal = state.loader.position, state.refusal
         finally:
             state.networks.engine.close()  # else the next stage's would stand beside it in memory
-        newest = back_at(run.config, stage, start, run.dist)
-        returns = returns + 1 if newest.progress == start.progress else 1
+        run.watchdog.beat(f"going back in {stage.name}")
+        newest = back_at(run.config, stage, start, state.progress.step, run.dist)
+        returns = 1 if got_on(start, newest) else returns + 1
         start = newest
         refuse_going_in_circles(run, stage, start, returns, refusal)
 

@@ -19,6 +19,7 @@ from lingen.shardfiles import Damaged, ShardReader
 
 MANIFEST, STATE = "manifest.json", "state.json"
 SCHEMA = 3
+STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 
 class FileEntry(BaseModel):
@@ -110,15 +111,18 @@ def parse_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except FileNotFoundError as error:
         raise Damaged(f"no {MANIFEST}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} cannot be read") from error
     if not manifest.complete:
         raise Damaged(f"{MANIFEST} says complete=False")
-    expected = {STATE} | {f"rank_{rank:05d}.safetensors" for rank in range(manifest.world_size)}
+    ranks = range(min(manifest.world_size, len(manifest.files)))  # a damaged number may be any
+    expected = {STATE} | {f"rank_{rank:05d}.safetensors" for rank in ranks}
     if manifest.files.keys() != expected:
         raise Damaged(f"{MANIFEST} does not list the files of {manifest.world_size} ranks")
     if manifest != manifest.sealed():
         raise Damaged(f"{MANIFEST} was changed")
+    if STEP_FOLDER.fullmatch(folder.name) and step_of(folder) != manifest.step:
+        raise Damaged(f"{MANIFEST} is of step {manifest.step}")
     return manifest
 
 
@@ -136,7 +140,7 @@ def step_folders(stage_dir: Path) -> list[Path]:
     """The folders that look like checkpoints, oldest first."""
     if not stage_dir.is_dir():
         return []
-    found = [p for p in stage_dir.iterdir() if p.is_dir() and re.fullmatch(r"step_\d{8,}", p.name)]
+    found = [p for p in stage_dir.iterdir() if p.is_dir() and STEP_FOLDER.fullmatch(p.name)]
     return sorted(found, key=step_of)
 
 

@@ -38,7 +38,7 @@ class GuardConfig(Section):
 class WatchdogConfig(Section):
     """A rank without a sign of life writes its stacks down and ends the job."""
 
-    step_s: Annotated[float, Field(ge=0)] = 1800.0  # the longest that one step may take; 0: no watchdog
+    step_s: Annotated[float, Field(ge=0)] = 1800.0  # the longest that a step, or a part of a start, may take; 0: never
 
 
 class LoggerConfig(Section):

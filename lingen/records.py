@@ -87,5 +87,5 @@ def make_up(run: Run, stage: StageConfig, state: StageState) -> bool:
 
 
 def due(every: int, progress: Progress) -> bool:
-    """Whether something that happens every so many steps of a stage (0: never) happens now."""
-    return every > 0 and progress.stage_step % every == 0
+    """Whether something that happens every so many steps of a stage (0: never) happens now; not at its beginning."""
+    return every > 0 and progress.stage_step > 0 and progress.stage_step % every == 0

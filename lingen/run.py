@@ -86,6 +86,7 @@ def save_final(run: Run, stage: StageConfig, state: StageState) -> Path:
     start_save(run, stage, state, final=True)
     folder = finish_save(run)
     assert folder is not None
+    run.watchdog.beat(f"exporting {stage.name}")
     export_finished(run.config, run.dist)
     return folder
 
@@ -109,6 +110,7 @@ def start_save(run: Run, stage: StageConfig, state: StageState, *, final: bool) 
         progress={
             "progress": progress.as_dict(),
             "position": state.loader.position.as_dict(),
+            "fps": stage.fps,
             "lineage": state.lineage,
             "read": state.read,
             "bad": state.bad,

@@ -88,7 +88,7 @@ class _Plan:
 
     folder: Path
     aside: Path  # where it is written
-    made: list[Path]  # the folders that were made for it
+    made: list[Path]  # the folders that rank 0 made for it
     snapshot: Snapshot
     state: bytes
     facts: dict[str, Any]  # of the manifest, all but the files
@@ -137,8 +137,8 @@ class Saver:
     ) -> None:
         """Copy what stage_dir/step_XXXXXXXX is to hold; training may go on at once. Finishes an earlier save first.
 
-        A ``final`` or ``kept`` one is never pruned; of the others the newest ``keep_last`` stay, and the newest
-        ``keep_last`` of the ``regular`` ones.
+        A ``final`` or ``kept`` one is never pruned; of all, the newest ``keep_last`` stay, and the newest ``keep_last``
+        of the ``regular`` ones.
 
         Raises:
             UserError: the earlier one failed, or there is no room for this one (on all ranks).
@@ -147,10 +147,11 @@ class Saver:
         folder = stage_dir / f"step_{step:08d}"
         # A name of its own: whoever took the run folder from us may be writing the same step.
         aside = stage_dir / f"{SAVING}{folder.name}_{token_hex(4)}"
-        made = [path for path in (stage_dir, *stage_dir.parents) if not path.exists()]
+        made: list[Path] = []
         snapshot, error = None, None
         try:
             if self._dist.rank == 0:
+                made = [path for path in (stage_dir, *stage_dir.parents) if not path.exists()]
                 aside.mkdir(parents=True)
             snapshot = self._recorder.take(engine.fragments(), ema)
         except (OSError, RuntimeError, MemoryError) as failure:

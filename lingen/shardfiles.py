@@ -180,13 +180,13 @@ class ShardReader:
             file = self._open.enter_context(safe_open(path, framework="pt"))
             keys = set(file.keys())
             for name, where in json.loads(file.metadata()["layout"]).items():
-                shape = tuple(where["shape"])
+                shape, start = tuple(int(n) for n in where["shape"]), int(where["start"])
                 sizes = {tuple(file.get_slice(f"{kind}/{name}").get_shape()) for kind in KINDS}
                 if len(sizes) != 1 or self.shapes.setdefault(name, shape) != shape:
                     raise Damaged(f"{path.name} contradicts itself or another file about {name}")
-                self._pieces.setdefault(name, []).append(_Piece(file, where["start"], prod(sizes.pop())))
+                self._pieces.setdefault(name, []).append(_Piece(file, start, prod(sizes.pop())))
                 keys -= {f"{kind}/{name}" for kind in KINDS}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{path.name} cannot be read: {error}") from error
         if keys:
             raise Damaged(f"{path.name} holds tensors outside of its layout, such as {min(keys)}")

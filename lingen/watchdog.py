@@ -23,12 +23,12 @@ class Watchdog:
     """Ends the process with ``EXIT_HUNG`` when no ``beat`` came for ``timeout_s`` seconds; 0: never.
 
     Before that it writes the stacks of all threads to hang-JOB-rankRANK-TIME.txt in ``folder`` and one line to stderr.
-    A process that was stopped (a shell's Ctrl-Z, a suspended Slurm job) has the whole time again when it goes on.
+    A process that was stopped (by a shell's Ctrl-Z) has the whole time again when it goes on.
 
     The watch needs the interpreter, and a C call that hangs may keep it. So each look also sets a timer of
     faulthandler, which does without: where no look follows for ``timeout_s`` and more, it prints the stacks to stderr,
-    and in a Slurm job ends the process (with code 1; it has no other). That one does count the time stopped, which is
-    why it ends nothing where somebody at a terminal may have stopped it.
+    and in a Slurm job ends the process (with code 1; it has no other). That one does count the time stopped: it ends
+    nothing where somebody at a terminal may have stopped it, but a Slurm job that was suspended for longer than that.
     """
 
     def __init__(self, folder: Path, rank: int, timeout_s: float) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 
 from lingen.cluster.status import cancel, find_runs, print_status, rows_of
 from lingen.compose import CONF_DIR, parse
-from lingen.errors import run_main
+from lingen.errors import UserError, nearest, run_main
 from lingen.model_config import Section
 
 USAGE = """usage: python slurm/launch.py name=NAME cluster=CLUSTER [the words of train.py ...]
@@ -46,6 +47,8 @@ def main() -> int:
         else:
             print_status(runs)
         return 0
+    if words[0].isalpha():
+        raise UserError(f"'{words[0]}' is neither key=value nor a command{nearest(words[0], ('status', 'cancel'))}")
     from lingen.cluster.checks import plan_jobs  # takes torch, for the plan
     from lingen.cluster.dry import print_dry_run
     from lingen.cluster.request import read_request
@@ -57,7 +60,8 @@ def main() -> int:
         print_dry_run(planned)
     else:
         launch(planned)
-        print(f"look at it: python slurm/launch.py status name={request.name}")
+        where = [f"name={request.name}", *(word for word in words if word.startswith("runs_dir="))]
+        print(f"look at it: python slurm/launch.py status {shlex.join(where)}")
     return 0
 
 

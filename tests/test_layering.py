@@ -27,10 +27,10 @@ ROWS = (
     ("lingen.checkpoint", "lingen.manifest", "lingen.saver", "lingen.shardfiles", "lingen.export", "lingen.metrics",
      "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory", "lingen.pipeline",
-     "lingen.plan", "lingen.step", "lingen.validation"),
+    ("lingen.begin", "lingen.lineage", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory",
+     "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
     ("lingen.bench", "lingen.cluster", "lingen.comparison"),
-    ("scripts", "train"),
+    ("scripts", "slurm.launch", "train"),
 )
 # Rooms that see less than the rows above them.
 ONLY = {
@@ -58,13 +58,13 @@ FORBIDDEN = re.compile(
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("lingen", "data", "scripts", "train")
+ROOMS = ("lingen", "data", "scripts", "slurm", "train")
 
 
 def python_files(*folders: str) -> list[Path]:
-    """The files below ``folders``, and train.py."""
+    """The files below ``folders``, train.py and slurm/launch.py."""
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [*files, *ROOT.glob("train.py")]
+    return [*files, *ROOT.glob("train.py"), *ROOT.glob("slurm/*.py")]
 
 
 def module_name(path: Path) -> str:

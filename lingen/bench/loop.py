@@ -77,7 +77,7 @@ RESUME_WAIT_S = 300.0
 
 
 class LoopWords(BaseModel):
-    """``steps`` are measured after some that warm up; a save of the stall's model is followed by as many."""
+    """``steps`` are measured after some that warm up; the stall's are before the first save and after each one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -228,7 +228,7 @@ def measure_step(world: World, words: LoopWords) -> dict[str, Any]:
 
 def measure_stall(world: World, words: LoopWords) -> dict[str, Any]:
     """How long a save holds training up, and by how much it slows steps down, against the steps between two saves."""
-    interval, every = words.steps, CheckpointConfig().every_steps
+    interval, every = WARM_UP + words.steps, CheckpointConfig().every_steps  # so the first steps measured are quiet
     config = configure(world, words.stall_size, words.pixels, f"checkpoint.every_steps={interval}")
     beside: list[bool] = []  # of each step: whether a checkpoint was being written
     with Ledger(time.perf_counter) as ledger:
@@ -248,7 +248,8 @@ def measure_stall(world: World, words: LoopWords) -> dict[str, Any]:
 
         ledger.replace(Saver, "start", started)
         ledger.replace(Saver, "advance", advanced)
-        turns = watch(config, ledger, interval * words.saves, each=lambda: beside.append(writing))
+        steps = interval * words.saves - WARM_UP + words.steps
+        turns = watch(config, ledger, steps, each=lambda: beside.append(writing))
     quiet, busy = by_company(turns, beside[-len(turns) :])
     step = statistics.median(quiet)
     held_up = sum(turn.get("saver", 0.0) for turn in turns) / words.saves

@@ -92,8 +92,11 @@ def refuse_run_folder(chain: Chain) -> None:
     UserError: the run folder cannot be written, holds another experiment, or ``init_from`` another architecture.
     """
     there = chain.run
-    while not there.exists():
-        there = there.parent
+    try:
+        while not there.exists():
+            there = there.parent
+    except OSError as error:
+        raise UserError(f"{chain.run} cannot be written: {error.strerror}; set runs_dir or name") from error
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{chain.run} cannot be written: {there} is no folder that can; set runs_dir or name")
     refuse_other_experiment(chain.config)
@@ -165,9 +168,15 @@ def refuse_scripts(planned: list[PlannedJob]) -> None:
 
 
 def stages_done(chain: Chain) -> int:
-    """How many of the chain's stages need no job. As in training, the last stage that has a checkpoint decides."""
+    """How many of the chain's stages need no job. As in training, the last stage that has a checkpoint decides.
+
+    Raises:
+        UserError: that checkpoint is of another architecture or a newer schema.
+    """
     for number in reversed(range(len(chain.jobs))):
         newest = newest_folder(run_folder(chain.config) / "checkpoints" / chain.jobs[number].stage)
         if newest is not None:
-            return number + read_manifest(newest).final
+            manifest = read_manifest(newest)
+            refuse_other_architecture(Checkpoint(newest, manifest, {}), architecture(chain.config))
+            return number + manifest.final
     return 0

@@ -131,10 +131,13 @@ class ClusterConfig(Section):
     def _plain_names(cls, env: dict[str, str]) -> dict[str, str]:
         for name, value in env.items():
             if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
-                raise ValueError(f"'{name}' is no name of a variable")
+                raise ValueError(f"cluster.env: '{name}' is no name of a variable")
             if re.search(r"(?i)(api_?key|token|secret|password)", name):
-                raise ValueError(f"{name} looks like a secret, and scripts are kept; set it where you run launch.py")
-            _one_line(value)
+                raise ValueError(
+                    f"cluster.env: {name} looks like a secret, and scripts are kept; set it where you run launch.py"
+                )
+            if any(ord(c) < 32 for c in value):
+                raise ValueError(f"cluster.env: {name} must be one line")
         return env
 
     @field_validator("sbatch")

@@ -76,6 +76,8 @@ def read_chain(run: Path) -> ChainRecord | None:
     try:
         chain = ChainRecord(**tree)
         chain.stages = [SubmittedStage(**stage) for stage in tree["stages"]]
+        if not all(isinstance(stage.stage, str) and isinstance(stage.job, int) for stage in chain.stages):
+            raise TypeError("a stage's name or job is none")
     except (TypeError, KeyError) as error:
         raise UserError(f"{path} is no record of a chain: {error}; move it away to launch anew") from error
     return chain

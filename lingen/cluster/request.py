@@ -116,7 +116,11 @@ def _chain(words: list[str], cluster: ClusterConfig, until: str | None) -> Chain
             f"engine.device={whole.engine.device} with cluster.gpus_per_node={cluster.gpus_per_node}; choose one of "
             "the two"
         )
-    return Chain(whole, words, cluster, [_job(stage, whole, words, cluster) for stage in whole.stages])
+    chain = Chain(whole, words, cluster, [_job(stage, whole, words, cluster) for stage in whole.stages])
+    for path in (chain.run, Path.cwd()):
+        if re.search(r"[\x00-\x1f\x7f\\]", str(path)):  # a second line of the script; Slurm takes backslashes away
+            raise UserError(f"{str(path)!r} has a backslash or a line break in it, which a job's script cannot have")
+    return chain
 
 
 def _job(stage: str, whole: Config, words: list[str], cluster: ClusterConfig) -> Job:

@@ -59,7 +59,12 @@ def test(script: str) -> None:
     """Raises:
     UserError: Slurm would not take the script, and why.
     """
-    _run("sbatch", "--test-only", text=script)
+    try:
+        _run("sbatch", "--test-only", text=script)
+    except UserError as error:
+        # Said of nodes that are down now, too, for which a job may wait. Where it is so for good, submitting says so.
+        if "Requested node configuration is not available" not in str(error):
+            raise
 
 
 def queue(jobs: Iterable[int]) -> dict[int, QueuedJob]:
@@ -94,7 +99,7 @@ def nodes_of(partition: str | None) -> list[Node]:
     Raises:
         UserError: there is no such partition, or no default one.
     """
-    names = _run("sinfo", "--noheader", "--format=%P").split()
+    names = _run("sinfo", "--all", "--noheader", "--format=%P").split()
     known = {name.rstrip("*") for name in names}
     if partition is None:
         default = next((name.rstrip("*") for name in names if name.endswith("*")), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lingen.cluster import slurm
 from lingen.cluster.record import (
@@ -43,8 +44,11 @@ def find_runs(runs_dir: str, name: str) -> list[Path]:
     """The run folders of ``name`` that hold a chain: itself, or those of its models.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or ``name`` is no run's: an empty one would be all of them.
     """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise UserError(f"name={name}: must be the name that was launched, such as 'demo' or 'demo/lingen'")
     folder = Path(runs_dir).expanduser() / name
     found = [path.parent.parent for path in (folder / "chain" / "chain.json", *folder.glob("*/chain/chain.json"))]
     runs = sorted({run for run in found if (chain_folder(run) / "chain.json").exists()})
@@ -108,7 +112,7 @@ def _row(run: Path, stage: SubmittedStage, queued: QueuedJob | None, stopped: st
 
 
 def print_status(runs: list[Path]) -> None:
-    """A table a chain on stdout."""
+    """A table a chain on stdout, and below it why stages wait or stopped. It is readable on 80 columns."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -116,13 +120,19 @@ def print_status(runs: list[Path]) -> None:
         console.print("no Slurm here: states are those that were last written down")
     for run in runs:
         chain = chain_of(run)
-        console.print(f"[bold]{chain.name}[/bold]: {chain.model}, {run}", soft_wrap=True)
-        table = Table("stage", "job", "state", "nodes", "step", "loss", "checkpoint", "requeues", "reason")
-        for row in look(run, chain):
-            loss = "" if row.loss is None else f"{row.loss:.4f}"
-            cells = [row.stage, row.job, row.state, row.nodes, row.step, loss, row.checkpoint, row.requeues]
-            table.add_row(*("" if cell is None else str(cell) for cell in cells), row.reason)
+        rows = look(run, chain)
+        console.print(Text.assemble((chain.name, "bold"), f": {chain.model}, {run}"), soft_wrap=True)
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for column in ("stage", "job", "state", "nodes", "step", "loss", "saved", "requeues"):
+            table.add_column(column, no_wrap=column in ("stage", "job"), overflow="fold")
+        for row in rows:
+            loss = None if row.loss is None else f"{row.loss:.4f}"
+            cells = (row.stage, row.job, row.state, row.nodes, row.step, loss, row.checkpoint, row.requeues)
+            table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells))
         console.print(table)
+        for row in rows:
+            if row.reason:
+                console.print(Text(f"  {row.stage}: {row.reason}"), soft_wrap=True)
 
 
 def rows_of(runs: list[Path]) -> dict[str, list[dict[str, object]]]:

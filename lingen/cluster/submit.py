@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from lingen.cluster.record import (
 from lingen.cluster.request import Chain
 from lingen.cluster.slurm import QueuedJob
 from lingen.errors import UserError
+from lingen.lease import Lease
 from lingen.runfolder import write_aside
 
 
@@ -38,6 +40,7 @@ class Todo:
     """What is left of a chain."""
 
     chain: Chain
+    before: ChainRecord | None  # as it was looked at
     finished: list[str]
     kept: list[SubmittedStage]  # still in the queue
     stale: list[int]  # jobs that wait for one which is gone
@@ -116,7 +119,7 @@ def _look(planned: list[PlannedJob]) -> Todo:
             )
         kept.append(there)
     finished = [each.job.stage for each in planned[:done] if each.job.stage not in active]
-    return Todo(chain, finished, kept, stale, missing)
+    return Todo(chain, record, finished, kept, stale, missing)
 
 
 def _is_active(chain: Chain, stage: SubmittedStage, queued: dict[int, QueuedJob]) -> bool:
@@ -139,19 +142,35 @@ def _say_what_is_there(todo: Todo) -> None:
 def _submit(todo: list[Todo]) -> None:
     """All or nothing: where one is refused, those before it are cancelled."""
     submitted: list[int] = []
-    try:
-        records = [(one.chain.run, _record(one, _submit_chain(one, submitted))) for one in todo]
-        for run, record in records:
-            write_chain(run, record)
-        slurm.cancel(job for one in todo for job in one.stale)
-    except BaseException as error:
-        if submitted:
-            slurm.cancel(submitted)
-            note = f"the {len(submitted)} jobs submitted before it were cancelled"
+    with ExitStack() as held:
+        for one in todo:
+            held.callback(Lease.take(chain_folder(one.chain.run)).release)
+            if read_chain(one.chain.run) != one.before:
+                raise UserError(
+                    f"{one.chain.config.name}: somebody else launched or cancelled it just now; launch again"
+                )
+        try:
+            records = [(one.chain.run, _record(one, _submit_chain(one, submitted))) for one in todo]
+            for run, record in records:
+                write_chain(run, record)
+            slurm.cancel(job for one in todo for job in one.stale)
+        except BaseException as error:
+            if not submitted:
+                raise
+            note = _take_back(submitted)
             if isinstance(error, UserError):
                 raise UserError(f"{error}; {note}") from error
             print(note)
-        raise
+            raise
+
+
+def _take_back(submitted: list[int]) -> str:
+    """Cancel them, and say what has become of them."""
+    try:
+        slurm.cancel(submitted)
+    except UserError as error:
+        return f"the jobs submitted before it are still there: {error}; scancel {' '.join(map(str, submitted))}"
+    return f"the {len(submitted)} jobs submitted before it were cancelled"
 
 
 def _submit_chain(todo: Todo, submitted: list[int]) -> list[SubmittedStage]:
@@ -170,8 +189,7 @@ def _submit_chain(todo: Todo, submitted: list[int]) -> list[SubmittedStage]:
 def _record(todo: Todo, jobs: list[SubmittedStage]) -> ChainRecord:
     """The chain with what was submitted now in the place of what was before."""
     chain = todo.chain
-    there = read_chain(chain.run)
-    now = {stage.stage: stage for stage in [*(there.stages if there else []), *jobs]}
+    now = {stage.stage: stage for stage in [*(todo.before.stages if todo.before else []), *jobs]}
     order = [name for name in now if name not in chain.config.stages] + [n for n in chain.config.stages if n in now]
     return ChainRecord(
         name=chain.config.name,

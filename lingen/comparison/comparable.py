@@ -43,6 +43,12 @@ def warnings(runs: list[Run]) -> list[str]:
     found += [
         f"{run.label} has no config.yaml, so its settings could not be checked." for run in runs if run.config is None
     ]
+    found += [
+        f"{run.label} left out {run.refused} steps and went past {run.skipped} samples (its guard, see metrics.jsonl): "
+        "it learned from other samples than a run without."
+        for run in runs
+        if run.refused or run.skipped
+    ]
     for other in runs[1:]:
         found += _against(runs[0], other)
     return found

@@ -1,7 +1,8 @@
 """Run folders -> stages with their curves.
 
-A run folder holds metrics.jsonl (one JSON object a line: kind train, validation or transfer) and config.yaml. What was
-recorded is taken as it is: a run in progress has fewer stages, a run without validation has empty validation curves.
+A run folder holds metrics.jsonl (one JSON object a line: kind train, validation, transfer, refused or rollback) and
+config.yaml. What was recorded is taken as it is: a run in progress has fewer stages, a run without validation has empty
+validation curves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lingen.compose import validate
 from lingen.errors import UserError
 from lingen.metrics import Record, read_metrics
 
+MEASURED = ("train", "validation")  # the kinds of records that have a loss
 MODEL_NAMES = {"lingen": "LinGen", "dit": "DiT"}
 
 
@@ -86,13 +88,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. ``dropped`` counts the records whose loss was not a finite number."""
+    """One run folder."""
 
     label: str
     path: Path
     config: dict[str, Any] | None  # config.yaml as it stands; None where there is none
     stages: list[Stage]  # in order
-    dropped: int
+    dropped: int  # records whose loss was not a finite number
+    refused: int  # steps whose samples it saw and did not learn from
+    skipped: int  # samples that it passed over, going back to a checkpoint
 
     def stage(self, name: str) -> Stage | None:
         """The stage of that name, or None where the run has not come to it."""
@@ -146,7 +150,16 @@ def _load(path: Path, config: dict[str, Any] | None, label: str) -> Run:
         ended = name != names[-1] or _reached_its_samples(name, mine, start, config)
         stages.append(_stage(name, mine, start, ended=ended))
         start = stages[-1].end
-    return Run(label, path, config, stages, dropped=sum(not _is_measured(r) for r in records))
+    skipped = {r["stage"]: r["skipped"] for r in records if r["kind"] == "rollback"}  # the last one counts all
+    return Run(
+        label,
+        path,
+        config,
+        stages,
+        dropped=sum(not _is_measured(r) for r in records),
+        refused=sum(r["kind"] == "refused" for r in records),
+        skipped=sum(skipped.values()),
+    )
 
 
 def _stage(name: str, records: list[Record], start: dict[str, float], *, ended: bool) -> Stage:
@@ -212,7 +225,7 @@ def _read_records(path: Path) -> list[Record]:
         raise UserError(f"runs: {path} has no metrics.jsonl, so it is not a run folder")
     records = []
     for number, record in enumerate(read_metrics(file), 1):
-        if record["kind"] not in ("train", "validation", "transfer"):
+        if record["kind"] not in (*MEASURED, "transfer", "refused", "rollback"):
             continue
         odd = _odd_keys(record)
         if odd:
@@ -227,7 +240,7 @@ def _odd_keys(record: Record) -> list[str]:
     """The keys that are missing, or hold what train.py never writes."""
     axes = {axis: _is_finite(record.get(axis)) for axis in AXES}
     good = {"stage": isinstance(record.get("stage"), str), **axes}
-    if record["kind"] != "transfer":
+    if record["kind"] in MEASURED:
         good["loss"] = _is_loss(record.get("loss", ""))
         buckets, bins = record.get("bucket_loss", {}), record.get("bin_loss", [])
         good["bucket_loss"] = isinstance(buckets, dict) and all(map(_is_loss, buckets.values()))
@@ -235,6 +248,8 @@ def _odd_keys(record: Record) -> list[str]:
     if record["kind"] == "validation":
         valid = record.get("valid", {})
         good["valid"] = isinstance(valid, dict) and all(isinstance(count, int) for count in valid.values())
+    if record["kind"] == "rollback":
+        good["skipped"] = isinstance(record.get("skipped"), int)
     return [key for key, is_good in good.items() if not is_good]
 
 
@@ -249,7 +264,7 @@ def _is_finite(value: Any) -> bool:
 
 def _is_measured(record: Record) -> bool:
     """Whether the losses are finite. A bucket may be without one of its own: it is then left out of the buckets."""
-    return record["kind"] == "transfer" or all(map(_is_finite, (record["loss"], *record.get("bin_loss", []))))
+    return record["kind"] not in MEASURED or all(map(_is_finite, (record["loss"], *record.get("bin_loss", []))))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -90,10 +90,15 @@ def tensors(run: Path, stage: str) -> dict[str, torch.Tensor]:
     return {f"{origin}: {name}": tensor for origin, part in found.items() for name, tensor in part.items()}
 
 
+def moment_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Which record it is."""
+    return tuple(record.get(key) for key in ("step", "stage", "kind", "at"))
+
+
 def history(run: Path) -> list[tuple[Any, ...]]:
     """What metrics.jsonl says about training, without what the clock and the place have in it."""
-    keys = ("step", "stage", "kind", "at", "loss", "grad_norm", "samples", "bucket", "valid", "bucket_loss")
-    return [tuple(record.get(key) for key in keys) for record in records(run)]
+    keys = ("loss", "grad_norm", "samples", "bucket", "valid", "bucket_loss")
+    return [(*moment_of(record), *(record.get(key) for key in keys)) for record in records(run)]
 
 
 def differences(run: Path, reference: Path) -> list[str]:

@@ -103,6 +103,8 @@ class Processes:
             if kind == "told to stop":
                 for process in ranks.processes:
                     process.send_signal(signal.SIGTERM)
+            elif kind == "killed while starting":
+                ranks.kill(0, 1)  # a rank waits half an hour for one that never came; Slurm would end it
             else:
                 ranks.kill(*victims(chance))
             codes, output = ranks.wait()
@@ -242,7 +244,7 @@ def report(console: Console, tally: Counter[str], problems: list[str]) -> None:
     for kind, count in sorted(tally.items()):
         console.print(f"{count:5d}  {kind}", highlight=False)
     verdict = "with problems" if problems else "each gone on from, every checkpoint whole, every end equal to the bit"
-    console.print(f"{tally.total():5d}  in all: {verdict}", highlight=False)
+    console.print(f"{tally.total():5d}  in all: {verdict}", highlight=False, soft_wrap=True)
     for problem in problems:
         console.print(problem, style="red", soft_wrap=True, markup=False)
 

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,14 +22,14 @@ class Ranks:
     def __init__(self, words: list[str], world: int = 2) -> None:
         (port,) = free_ports(1)
         joint = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the last reference to it
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "train.py", *words],
                 cwd=ROOT,
                 env=os.environ | ENVIRONMENT | joint | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
+                stdout=self._output,
                 stderr=subprocess.STDOUT,
-                text=True,
             )
             for rank in range(world)
         ]
@@ -38,6 +39,8 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         self.kill(*range(len(self.processes)))
+        for process in self.processes:
+            process.wait()
 
     def ended(self) -> bool:
         """Whether one of them has."""
@@ -48,9 +51,14 @@ class Ranks:
         common.wait(lambda: self.ended() or common.step(run) >= step, f"step {step} of {run}")
 
     def wait(self) -> tuple[list[int], str]:
-        """(codes, all that was printed) once all have ended; those that a dead rank left behind, by themselves."""
-        outputs = [process.communicate(timeout=120)[0] for process in self.processes]
-        return [process.returncode for process in self.processes], "\n".join(outputs)
+        """(codes, all that was printed) once all have ended; those that a dead rank left behind, by themselves.
+
+        Raises:
+            AssertionError: one of them did not.
+        """
+        common.wait(lambda: all(process.poll() is not None for process in self.processes), "the end of all ranks", 120)
+        self._output.seek(0)
+        return [process.returncode for process in self.processes], self._output.read()
 
     def kill(self, *ranks: int) -> None:
         """SIGKILL."""

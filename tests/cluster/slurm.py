@@ -168,6 +168,7 @@ class Keeper:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mounted: list[str] = []
+        signal.signal(signal.SIGCHLD, lambda *_: reap())
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         (folder / "state").mkdir(parents=True)
         key = folder / "munge.key"
@@ -200,7 +201,6 @@ class Keeper:
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            reap()
             time.sleep(0.01)
 
     def serve(self) -> None:
@@ -212,11 +212,12 @@ class Keeper:
             print("done", flush=True)
 
     def mount(self, folder: str, size: str) -> None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "drill", folder], check=True)
         self.mounted.append(folder)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "drill", folder])
+        assert Path(folder).is_mount()  # its exit code may have been reaped
 
     def unmount(self, folder: str) -> None:
-        subprocess.run(["umount", "--lazy", folder], check=True)  # lazy: a process may still stand in it
+        subprocess.run(["umount", "--lazy", folder])  # lazy: a process may still stand in it
         self.mounted.remove(folder)
 
     def close(self) -> None:

@@ -17,7 +17,8 @@ import pytest
 
 from tests.cluster import common
 from tests.cluster.chain import CLUSTER, Chain, command, kill, preempt
-from tests.cluster.slurm import Slurm
+from tests.cluster.slurm import Slurm, environ
+from tests.conftest import run_python
 
 IMAGE, VIDEO, LONG = common.STAGES
 DONE = dict.fromkeys(common.STAGES, "COMPLETED")
@@ -49,6 +50,31 @@ def chain_of(slurm: Slurm, runs: Path, world: Any) -> Callable[..., Chain]:
         return chain
 
     return launch
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.cluster.slurm import Slurm
+
+cluster = Slurm(Path(sys.argv[1]))
+cluster.call("sbatch", "--nodes=2", "--ntasks=2", "--output=/dev/null", "--wrap=srun sleep 1000")
+while ".0" not in cluster.call("squeue", "--steps", "--noheader", "--format=%i"):
+    pass
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_nothing_is_left_of_a_cluster_whose_tests_were_killed(slurm: Slurm, tmp_path: Path) -> None:
+    """One beside the other cluster: each has ports of its own."""
+    done = run_python("-c", KILLED, tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def left() -> list[int]:
+        everyone = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        return [pid for pid in everyone if any(str(tmp_path) in word for word in environ(pid))]
+
+    common.wait(lambda: not left(), "the end of all")
 
 
 def test_both_models_come_through_their_stages(undisturbed: Path) -> None:

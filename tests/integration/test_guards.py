@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +14,20 @@ import torch
 
 import lingen.loop
 import lingen.records
+import lingen.run
 import lingen.step
 from lingen.compose import compose
 from lingen.errors import UserError
 from lingen.export import load_trained
 from lingen.loop import train
+from lingen.runfolder import stage_folder
 from tests.runs import Signal, lines
 
 WORDS = [
     "~stages.demo_video_128", "~stages.demo_video", "validation.every_steps=0", "checkpoint.every_steps=4", "model=dit",
     "stages.demo_image.samples=48", "stages.demo_image.buckets.0.batch_size=4",
 ]  # fmt: skip
+VIDEO = "[{frames: 9, height: 32, width: 32, batch_size: 4}]"
 Start = Callable[..., Path]
 
 
@@ -119,9 +123,10 @@ def test_a_run_that_went_back_resumes_as_if_undisturbed(start: Start, order: Any
 
 def test_without_a_checkpoint_the_stage_begins_again_past_the_data(start: Start, order: Any, poison: Any) -> None:
     poison({order[n][0] for n in (0, 1, 2)})
-    run = start()
+    run = start("validation.every_steps=8")
     (back,) = lines(run, "rollback")
     assert back["step"] == 0 and back["skipped"] == 12
+    assert [(r["step"], r["at"]) for r in lines(run, "validation")] == [(0, "start"), (8, "interval"), (12, "end")]
     assert [step for step, *_ in trained(run)] == list(range(1, 13)) and len(lines(run, "transfer")) == 1
 
 
@@ -137,12 +142,48 @@ def test_a_return_to_the_beginning_does_not_depend_on_signals(start: Start, orde
     assert all(weight.equal(weights[name]) for name, weight in load_trained(whole).weights.items())
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+@pytest.mark.parametrize("part", ["*.safetensors", "manifest.json"])
+def test_a_return_does_not_pass_over_a_damaged_checkpoint_silently(
+    start: Start,
+    order: Any,
+    poison: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    part: str,
+    keep_last: int,
+) -> None:
+    poison({order[n][0] for n in (6, 7, 8)})
+    back_at = lingen.loop.back_at
+
+    def damaged(config: Any, stage: Any, *rest: Any) -> Any:
+        (path,) = stage_folder(config, stage.name).glob(f"step_00000006/{part}")
+        path.write_bytes(path.read_bytes()[:-9])
+        return back_at(config, stage, *rest)
+
+    monkeypatch.setattr(lingen.loop, "back_at", damaged)
+    words = ["checkpoint.every_steps=3", f"checkpoint.keep_last={keep_last}"]
+    if keep_last == 1:
+        with pytest.raises(UserError, match=r"has checkpoints but none can be loaded \(step_00000006"):
+            start(*words)
+    else:
+        assert lines(start(*words), "rollback")[0]["step"] == 3
+    assert "CHECKPOINT DAMAGED" in capfd.readouterr().err
+
+
 def test_going_back_ends_where_it_does_not_help(start: Start, order: Any, poison: Any) -> None:
     poison({key for keys in order for key in keys})
     with pytest.raises(
         UserError, match=r"went back to step 0 guard\.rollbacks=2 times .*3 steps refused in a row.*lr="
     ):
         start("guard.rollbacks=2")
+
+
+def test_a_checkpoint_amid_refused_steps_is_no_progress(start: Start, order: Any, poison: Any, tmp_path: Path) -> None:
+    poison({f"image-{n:05d}" for n in range(64)}.difference(*order[:3]))
+    with pytest.raises(UserError, match=r"went back to step 10 guard\.rollbacks=3 times"):
+        start("checkpoint.every_steps=2")  # fewer than guard.in_a_row
+    assert [r["step"] for r in lines(tmp_path / "run", "rollback")] == [4, 6, 8]
 
 
 def test_a_spike_is_left_out_where_the_configuration_says_so(start: Start) -> None:
@@ -152,10 +193,34 @@ def test_a_spike_is_left_out_where_the_configuration_says_so(start: Start) -> No
     assert not lines(start(name="plain"), "refused")
 
 
+def test_each_long_part_of_a_run_begins_with_a_sign_of_life(
+    start: Start, order: Any, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison({order[n][0] for n in (5, 6, 7)})
+    events = ["beat"]  # the watchdog's start is one
+    watchdog = SimpleNamespace(beat=lambda doing: events.append("beat"), stop=lambda: None)
+    monkeypatch.setattr(lingen.loop, "Watchdog", lambda *args: watchdog)
+
+    def told(module: Any, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **rest: (events.append(name), real(*args, **rest))[1])
+
+    told(lingen.loop.Lease, "take")
+    for name in ("prepare", "find_start", "begin_stage", "take_step", "back_at"):
+        told(lingen.loop, name)
+    told(lingen.loop.checkpoint, "open_checkpoint")
+    for module in (lingen.loop, lingen.run):
+        told(module, "export_finished")
+    start("stages.demo_image.samples=32", base=[*WORDS[:1], *WORDS[2:], f"stages.demo_video.buckets={VIDEO}"])
+    parts = [event for event in events if event != "beat"]
+    assert {"prepare", "take", "find_start", "export_finished", "begin_stage", "back_at"} < set(parts)
+    assert not [pair for pair in pairwise(events) if "beat" not in pair]
+
+
 CHAIN = [
     "~stages.demo_video_128", "validation.every_steps=2", "checkpoint.every_steps=2", "model=dit",
     "stages.demo_image.samples=16", "stages.demo_image.buckets.0.batch_size=4", "stages.demo_video.samples=16",
-    "stages.demo_video.buckets=[{frames: 9, height: 32, width: 32, batch_size: 4}]",
+    f"stages.demo_video.buckets={VIDEO}",
 ]  # fmt: skip
 
 

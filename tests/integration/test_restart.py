@@ -126,7 +126,7 @@ def test_a_finished_stage_is_not_made_longer(start: Start) -> None:
         start("stages.demo_video.samples=32")
 
 
-def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start) -> None:
+def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     run = start()
     shutil.rmtree(run / "export")
     (shard,) = (run / "checkpoints" / "demo_image" / "step_00000004").glob("*.safetensors")
@@ -135,6 +135,7 @@ def test_a_damaged_checkpoint_is_neither_exported_nor_sampled(start: Start) -> N
     shard.write_bytes(content)
     start()
     assert not (run / "export" / "demo_image").exists() and (run / "export" / "demo_video").exists()
+    assert f"demo_image is not exported: {shard.parent}: {shard.name} does not have" in capsys.readouterr().err
     with pytest.raises(UserError, match="not a whole checkpoint"):
         load_trained(run / "checkpoints" / "demo_image")
 
@@ -157,6 +158,21 @@ def test_a_stage_does_not_go_on_from_another_past(start: Start) -> None:
     (run / "aside").rename(kept)
     with pytest.raises(UserError, match=r"was not trained from .*demo_image.*remove .*demo_video"):
         start()
+
+
+def test_a_checkpoint_of_another_stage_is_not_taken_for_ones_own(start: Start) -> None:
+    source = start(name="source")
+    other = start(stop_at=2)
+    (there,) = (source / "checkpoints" / "demo_video").glob("step_00000008")
+    shutil.copytree(there, other / "checkpoints" / "demo_image" / there.name)
+    with pytest.raises(UserError, match=r"step_00000008 is a checkpoint of stage demo_video, not of demo_image"):
+        start()
+
+
+def test_another_rate_amid_a_stage_is_refused(start: Start) -> None:
+    start(stop_at=6)
+    with pytest.raises(UserError, match=r"stages\.demo_video\.fps=5, but .* is amid that stage at 8"):
+        start("stages.demo_video.fps=5")
 
 
 def test_another_init_from_under_the_same_name_is_refused(start: Start) -> None:
@@ -185,6 +201,10 @@ def test_a_missing_export_is_made_by_the_next_start(start: Start) -> None:
     shutil.rmtree(run / "export")
     start()
     assert load_trained(run).config.stages.keys() == {"demo_video"}
+    for part in ("model.safetensors", "config.yaml"):
+        (run / "export" / "demo_video" / part).unlink()
+        start()
+        assert load_trained(run / "export" / "demo_video").config.stages.keys() == {"demo_video"}
 
 
 def test_a_stage_made_shorter_than_its_checkpoint_is_finished(start: Start) -> None:
@@ -211,6 +231,9 @@ def test_a_broken_sample_is_masked_and_named_and_the_run_goes_on(start: Start, w
     named = [json.loads(line) for line in (run / "bad_samples-rank0.jsonl").read_text().splitlines()]
     assert {hole["reason"] for hole in named} == {"wrong checksum"}
     assert any(hole["step"] is None for hole in named) and any(hole["step"] is not None for hole in named)
+    (tmp_path / "full" / "bad_samples-rank0.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"bad_samples-rank0\.jsonl cannot be written \(Is a directory\)"):
+        start(f"data.path={shards}", "data.max_bad_share=0.5", "data.holdout_share=0.3", name="full")
 
 
 def test_too_many_broken_samples_end_the_run_however_often_it_is_started(

@@ -62,6 +62,7 @@ class Rank:
     config: Config
     code: dict[str, str]
     index: str = "f" * 64
+    autoencoder: str = "a" * 64
 
 
 def compare(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Meeting]:
@@ -74,7 +75,7 @@ def compare(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> tuple[list[st
         HERE.meeting, HERE.number, HERE.rank = meeting, number, rank
         try:
             dist = ThreadDist(number, len(ranks), 0, torch.device("cpu"))
-            refuse_disagreement(rank.config, rank.index, dist)
+            refuse_disagreement(rank.config, rank.index, rank.autoencoder, dist)
             messages[number] = ""
         except UserError as error:
             messages[number] = str(error)
@@ -95,7 +96,7 @@ def config() -> Config:
 def test_equal_ranks_exchange_digests_only(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     messages, meeting = compare([Rank(config, CODE)] * 4, monkeypatch)
     assert messages == [""] * 4
-    assert len(meeting.sent) == 2 and len(str(meeting.sent[-1])) < 4 * 300
+    assert len(meeting.sent) == 2 and len(str(meeting.sent[-1])) < 4 * 400
 
 
 def reordered(config: Config) -> Config:
@@ -118,6 +119,10 @@ def reordered(config: Config) -> Config:
         (
             lambda c: Rank(c, CODE, index="e" * 64),
             "another data index than rank 0 (n0): the fingerprint of data.path is eeeeeeeeeeee, not ffffffffffff;",
+        ),
+        (
+            lambda c: Rank(c, CODE, autoencoder="b" * 64),
+            "another autoencoder than rank 0 (n0): the fingerprint of autoencoder.path is bbbbbbbbbbbb, not aaaa",
         ),
     ],
 )
@@ -151,6 +156,7 @@ def test_all_sources_count_and_nothing_else(tmp_path: Path, monkeypatch: pytest.
     source = tmp_path / "lingen" / "deep" / "a.py"
     source.write_text("a = 1")
     source.with_suffix(".pyc").touch()
+    source.with_name(".#a.py").symlink_to("somebody@somewhere.1")  # Emacs, while they write
     before = code()
     assert before.keys() - versions == {"lingen/deep/a.py"}
     source.write_text("a = 2")
@@ -172,7 +178,7 @@ def test_two_real_ranks_from_two_checkouts(tmp_path: Path) -> None:
 from lingen.agreement import refuse_disagreement
 from lingen.compose import compose
 from lingen.dist import init
-refuse_disagreement(compose({WORDS}), "f" * 64, init("cpu"))
+refuse_disagreement(compose({WORDS}), "f" * 64, "a" * 64, init("cpu"))
 """
     ranks = [
         subprocess.Popen(

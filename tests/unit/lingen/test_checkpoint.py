@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lingen import checkpoint, manifest
 from lingen.checkpoint import RESUME
 from lingen.config import CarryConfig
 from lingen.errors import UserError
 from lingen.files import sha256
+from lingen.shardfiles import Damaged, ShardReader
 from scripts import verify_checkpoint
 from tests.tiny import DIT, ONE, latest, load, make, save, state, train
 
@@ -98,6 +100,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / "manifest.json").write_text(json.dumps(tree))
 
 
+def put_another_in_its_place(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step_00000002"), folder)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit": (flip, "sha256"),
     "truncated": (truncate, "bytes, not"),
@@ -106,6 +113,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "edited state": (lambda f: (f / "state.json").write_text('{"position": {"step": 7}}'), "state.json"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"no manifest\.json"),
     "half a manifest": (lambda f: (f / "manifest.json").write_text('{"stage": '), r"manifest\.json cannot be read"),
+    "bottomless": (lambda f: (f / "manifest.json").write_text("[" * 100_000), r"manifest\.json cannot be read"),
+    "another": (put_another_in_its_place, r"manifest\.json is of step 2"),
     "incomplete": (lambda f: edit(f, lambda t: t.update(complete=False)), "complete=False"),
     "outside": (lambda f: edit(f, lambda t: t["files"].update({"../x": {"size": 1, "sha256": ""}})), "does not list"),
     "forgotten shard": (lambda f: edit(f, lambda t: t["files"].pop("rank_00000.safetensors")), "does not list"),
@@ -157,6 +166,41 @@ def test_a_stage_folder_stands_for_its_newest(three: Path) -> None:
     assert checkpoint.open_checkpoint(three, ONE).manifest.step == 6
     with pytest.raises(UserError, match="nowhere is not a whole checkpoint"):
         checkpoint.open_checkpoint(three / "nowhere", ONE)
+
+
+def test_one_that_another_run_removes_meanwhile_is_named(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = latest(three)
+    engine, ema = make()
+    before = state(engine, ema)
+    found.shards[0].unlink()
+    with pytest.raises(
+        UserError, match=r"step_00000006 is not a whole checkpoint: rank_00000\.safetensors cannot be read"
+    ):
+        load(found, engine, ema)
+    assert all(torch.equal(before[k], v) for k, v in state(engine, ema).items())
+    monkeypatch.setattr(checkpoint, "problem_with", lambda folder, rank, world: None)
+    with pytest.raises(UserError, match=r"step_00000006 is not a whole checkpoint: rank_00000\.safetensors is missing"):
+        latest(three)
+
+
+def test_a_stage_folder_that_cannot_be_listed_is_an_error_of_all_ranks(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def list_nothing(folder: Path) -> list[Path]:
+        raise PermissionError(f"no look into {folder}")
+
+    monkeypatch.setattr(checkpoint, "step_folders", list_nothing)
+    with pytest.raises(UserError, match="no look into"):
+        checkpoint.latest(three, ONE)
+
+
+@pytest.mark.parametrize("layout", ["[]", '{"x": 1}', '{"x": {"shape": ["a"], "start": 0}}', '{"x": {"start": 0}}'])
+def test_a_layout_that_is_none_is_damage(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "rank_00000.safetensors"
+    tensors = {f"{kind}/x": torch.zeros(1) for kind in ("master", "ema", "exp_avg", "exp_avg_sq")}
+    save_file(tensors, path, metadata={"layout": layout})
+    with pytest.raises(Damaged, match=r"rank_00000\.safetensors cannot be read"):
+        ShardReader([path])
 
 
 def test_another_architecture_is_named(three: Path) -> None:

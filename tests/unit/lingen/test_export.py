@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from lingen.compose import compose
 from lingen.errors import UserError
 from lingen.export import load_trained, newest_folder
-from lingen.manifest import FileEntry, Manifest
+from lingen.manifest import FileEntry, Manifest, step_of
 from lingen.runfolder import dump_config
 
 
@@ -28,8 +28,8 @@ def write_checkpoint(folder: Path) -> Path:
     for name in names:
         (folder / name).touch()
     manifest = Manifest(
-        stage=folder.parent.name, step=0, samples=0, tokens=0, final=False, regular=True, kept=False, world_size=1,
-        zero_stage=0, adam_steps=0, architecture={}, complete=True,
+        stage=folder.parent.name, step=step_of(folder), samples=0, tokens=0, final=False, regular=True, kept=False,
+        world_size=1, zero_stage=0, adam_steps=0, architecture={}, complete=True,
         files={name: FileEntry(size=0, sha256="") for name in names},
     )  # fmt: skip
     (folder / "manifest.json").write_text(manifest.sealed().model_dump_json())

@@ -212,12 +212,25 @@ def test_of_another_machine_the_beat_decides(
 def test_a_holder_that_lets_go_while_it_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "EXPIRY_S", 20.0)
     silent(tmp_path / LEASE)
-    timer = threading.Timer(0.1, (tmp_path / LEASE).unlink)
-    timer.start()
+    threading.Timer(0.1, (tmp_path / LEASE).unlink).start()
     began = time.monotonic()
-    held = Lease.take(tmp_path)
+    Lease.take(tmp_path).release()
     assert time.monotonic() - began < lease.EXPIRY_S
-    held.release()
+
+
+def test_a_file_system_that_hangs_is_no_sign_of_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, looks = write(tmp_path / LEASE, host="far"), iter(range(99))
+
+    def read_late(asked: Path) -> lease.Found | None:
+        found = read(asked)
+        if next(looks) == 2:  # the first at its beat, after two at the chain; the holder hangs as long, and goes on
+            time.sleep(1.5 * lease.EXPIRY_S)
+            write(tmp_path / LEASE, **(there | {"beat": "1"}))
+        return found
+
+    monkeypatch.setattr(lease, "read", read_late)
+    with pytest.raises(UserError, match="is written by far"):
+        Lease.take(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +336,10 @@ def test_beats_that_ended_are_not_silent(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_that_cannot_hold_a_lease_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/run cannot hold a lease: Not a directory; name a folder"):
-        Lease.take(tmp_path / "file" / "run")
+    (tmp_path / LEASE).symlink_to("nowhere")
+    for folder, why in ((tmp_path / "file" / "run", "Not a directory"), (tmp_path, "lease.json is a link that leads")):
+        with pytest.raises(UserError, match=rf"{folder} cannot hold a lease: {why}.*; name a folder that can"):
+            Lease.take(folder)
 
     def link(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

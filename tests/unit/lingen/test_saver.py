@@ -168,8 +168,32 @@ def test_what_cannot_be_removed_costs_no_run(
         save(tmp_path, 2, engine, ema, keep_last=1)
     assert "could not be removed, and takes room: broken" in caplog.text
     assert names(tmp_path) == [".pruned_step_00000001", "step_00000002"]
-    save(tmp_path, 3, engine, ema, keep_last=1)
-    assert steps(tmp_path) == [3]
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            shutil, "rmtree", lambda path, **more: (fail if path.name.endswith("1") else rmtree)(path, **more)
+        )
+        save(tmp_path, 3, engine, ema, keep_last=1)
+    assert names(tmp_path) == [".pruned_step_00000001", "step_00000003"]  # it does not keep others from being removed
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "step_folders", fail)
+        save(tmp_path, 4, engine, ema, keep_last=1)
+    save(tmp_path, 5, engine, ema, keep_last=1)
+    assert steps(tmp_path) == [5]
+
+
+def test_of_a_checkpoint_that_lies_elsewhere_the_link_is_removed(tmp_path: Path) -> None:
+    engine, ema = make()
+    stage, elsewhere = tmp_path / "stage", tmp_path / "elsewhere"
+    for step in (1, 3):
+        save(elsewhere, step, engine, ema)
+    stage.mkdir()
+    (stage / "step_00000001").symlink_to(elsewhere / "step_00000001")
+    save(stage, 2, engine, ema, keep_last=1)
+    assert steps(stage) == [2]
+    (stage / "step_00000003").symlink_to(elsewhere / "step_00000003")
+    checkpoint.discard_after(stage, 2, ONE)
+    assert steps(stage) == [2] and steps(elsewhere) == [1, 3] and latest(elsewhere).manifest.step == 3
 
 
 def fail(*_: Any, ignore_errors: bool = False) -> None:
@@ -245,6 +269,15 @@ def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
         assert steps(disk) == [1, 2] and latest(disk).manifest.step == 2
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_looked_at_is_an_error_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, ema = make()
+    monkeypatch.setattr(Path, "exists", fail)
+    with pytest.raises(UserError, match=r"step_00000001 could not be written \(rank 0: broken\)"):
+        begin(make_saver(), tmp_path / "stage", 1, engine, ema)
 
 
 def test_a_file_that_reads_back_differently_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

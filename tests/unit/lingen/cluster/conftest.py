@@ -33,6 +33,7 @@ test -s $FAKE/queue || { echo "slurm_load_jobs error: Invalid job id specified" 
 cat $FAKE/queue
 """
 SINFO = """#!/bin/sh
+case "$*" in *--all*--partition*) echo "sinfo: error: Conflicting options, -a and -p" >&2; exit 1 ;; esac
 case "$*" in *%P*) printf 'cpu*\\ngpu\\n' ;; *=cpu*) cat $FAKE/cpu_nodes ;; *) cat $FAKE/gpu_nodes ;; esac
 """
 SCONTROL = """#!/bin/sh
@@ -81,15 +82,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     made, commands = Fake(tmp_path / "fake"), tmp_path / "commands"
     for folder in (made.folder, commands, tmp_path / "here"):
         folder.mkdir()
-    scripts = {
-        "sbatch": SBATCH,
-        "squeue": SQUEUE,
-        "sinfo": SINFO,
-        "scontrol": SCONTROL,
-        "scancel": SCANCEL,
-        "srun": SRUN,
-    }
-    for name, text in scripts.items():
+    for name, text in COMMANDS.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     for name, said in {"last": 10, "room": 99, "queue": "", "code": 0, "state": "RUNNING Reason=None"}.items():

@@ -114,6 +114,11 @@ def test_the_command_says_how_it_is_used(python: Any) -> None:
         2,
         "error: name=a: there is no chain in nowhere/a; set runs_dir where it is another than nowhere\n",
     )
+    done = python("slurm/launch.py", "statsu", "name=a")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: 'statsu' is neither key=value nor a command; did you mean 'status'?\n",
+    )
     done = python("train.py", "name=a", "cluster=cpu")
     assert done.returncode == 2 and "cluster=cpu is for slurm/launch.py" in done.stderr
 

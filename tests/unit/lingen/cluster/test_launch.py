@@ -1,4 +1,4 @@
-"""Launching, launching again, looking and cancelling, with pretended commands of Slurm; what is refused before."""
+"""Launching and launching again, with pretended commands of Slurm; what is refused before."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from typing import Any
 import pytest
 
 from lingen import lease
-from lingen.cluster import status
+from lingen.cluster import slurm, submit
 from lingen.cluster.record import StageRecord, read_chain, write_stage
 from lingen.cluster.submit import launch
 from lingen.errors import UserError
 from lingen.lease import Lease
+from lingen.runfolder import architecture
 
 RUN = Path("runs/a")
 
 
-def finish(run: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def finish(run: Path, stage: str, there: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A final checkpoint, as far as its manifest tells; that it is whole is the checkpoint's own test."""
     folder = run / "checkpoints" / stage / "step_00000008"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"final": true}')
     monkeypatch.setattr("lingen.cluster.checks.newest_folder", lambda f: folder if f.name == stage else None)
-    monkeypatch.setattr("lingen.cluster.checks.read_manifest", lambda _: type("Manifest", (), {"final": True}))
+    monkeypatch.setattr(
+        "lingen.cluster.checks.read_manifest", lambda _: SimpleNamespace(final=True, architecture=there)
+    )
 
 
 def submissions(fake: Any) -> list[str]:
@@ -66,7 +69,7 @@ def test_only_what_is_missing_is_submitted(fake: Any, words: Any, monkeypatch: p
     fake.set("queue", "11|RUNNING|None|n1")
     launch(words.plan())
     assert "--dependency=afterok:11" in submissions(fake)[-1]
-    finish(RUN, "demo_image", monkeypatch)
+    finish(RUN, "demo_image", architecture(words.plan()[0][0].chain.config), monkeypatch)
     fake.set("queue", "11|COMPLETING|None|n1")  # it wrote its last checkpoint, and still holds the lease
     launch(words.plan())
     assert "--dependency=afterok:11" in submissions(fake)[-1]
@@ -92,6 +95,55 @@ def test_a_stopped_stage_that_slurm_still_tidies_up_is_submitted_again(fake: Any
     fake.set("queue", "11|COMPLETING|None|n1")
     write_stage(RUN, StageRecord("demo_image", 11, state="stopped", reason="the disk was full"))
     launch(words.plan("until=demo_image"))
+    assert len(submissions(fake)) == 2
+
+
+def test_checkpoints_of_another_architecture(fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(RUN, "demo_image", {"model": {"name": "dit"}}, monkeypatch)
+    for more in ([], ["until=demo_image"]):
+        message = refused(words, *more)
+        assert "checkpoints/demo_image/step_00000008 holds another architecture" in message
+    assert not submissions(fake)
+
+
+def test_two_launches_at_the_same_moment(fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = words.plan()
+    with monkeypatch.context() as patched:  # the other one submits while this one still looks
+        patched.setattr(submit, "refuse_scripts", lambda _: launch_with(planned, patched))
+        with pytest.raises(UserError, match="a: somebody else launched or cancelled it just now"):
+            launch(planned)
+    assert len(submissions(fake)) == 2
+    held = Lease.take(RUN / "chain")
+    try:
+        with pytest.raises(UserError, match=r"runs/a/chain is written by .* pid "):
+            launch(words.plan("until=demo_image"))
+    finally:
+        held.release()
+    assert len(submissions(fake)) == 2
+
+
+def launch_with(planned: Any, patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(submit, "refuse_scripts", lambda _: None)
+    launch(planned)
+
+
+def test_jobs_that_cannot_be_taken_back_are_named(fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.set("room", 11)
+    monkeypatch.setattr(slurm, "cancel", refuse_to_cancel)
+    message = refused(words)
+    assert (
+        "QOSMaxSubmitJobPerUserLimit; the jobs submitted before it are still there: no controller; scancel 11"
+        in message
+    )
+
+
+def refuse_to_cancel(_: Any) -> None:
+    raise UserError("no controller")
+
+
+def test_nodes_that_are_down_are_waited_for(fake: Any, words: Any) -> None:
+    fake.set("refusal", "allocation failure: Requested node configuration is not available")
+    launch(words.plan())
     assert len(submissions(fake)) == 2
 
 
@@ -152,10 +204,13 @@ def refused(words: Any, *more: str) -> str:
         (["cluster.partition=a b"], ["one word of plain characters"]),
         (["cluster.sbatch=[exclusive]"], ["'exclusive' is no option"]),
         (["cluster.env={WANDB_API_KEY: x}"], ["WANDB_API_KEY looks like a secret"]),
-        (["cluster.env={'a b': x}"], ["'a b' is no name"]),
+        (["cluster.env={'a b': x}"], ["cluster.env: 'a b' is no name"]),
+        (['cluster.env={NCCL_DEBUG: "a\\nb"}'], ["cluster.env: NCCL_DEBUG must be one line"]),
         (["cluster.setup=['a\n\nb']"], ["one line"]),
         (["cluster.nodes"], ["'cluster.nodes' is not key=value"]),
         (["until=demo"], ["until=demo is none of the stages"]),
+        (["name=a\nrm b"], ["runs/a\\nrm b' has a backslash or a line break"]),
+        (["name=a\\b"], ["has a backslash or a line break"]),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_submitted(fake: Any, words: Any, more: list[str], parts: list[str]) -> None:
@@ -183,6 +238,7 @@ def test_a_run_folder_that_is_none_or_another_experiment(fake: Any, words: Any) 
     assert "runs is no folder that can" in refused(words)
     Path("runs").unlink()
     RUN.mkdir(parents=True)
+    assert "cannot be written: File name too long" in refused(words, f"name={'a' * 300}")
     config = words.plan()[0][0].chain.config
     (RUN / "config.yaml").write_text(json.dumps(config.model_copy(update={"seed": 7}).model_dump(mode="json")))
     assert "runs/a holds a run with seed=7, not 0" in refused(words)
@@ -212,69 +268,10 @@ def test_a_run_that_another_process_writes(fake: Any, words: Any, monkeypatch: p
     assert len(submissions(fake)) == 2
 
 
-def test_the_status_of_a_chain(fake: Any, words: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    launch(words.plan())
-    fake.set("queue", "11|RUNNING|None|n[1-2]\n12|PENDING|Dependency|")
-    write_stage(RUN, StageRecord("demo_image", 11, requeues=3, nodes="n[1-2]"))
-    (RUN / "metrics.jsonl").write_text('{"kind": "train", "stage": "demo_image", "step": 7, "loss": 0.51239}\n')
-    folder = RUN / "checkpoints/demo_image/step_00000005"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"final": false}')
-    capsys.readouterr()
-    status.print_status(status.find_runs("runs", "a"))
-    rows = [line for line in capsys.readouterr().out.splitlines() if "demo_" in line]
-    cells = [[cell.strip() for cell in row.strip("│ ").split("│")] for row in rows]
-    assert cells[0] == ["demo_image", "11", "running", "n[1-2]", "7", "0.5124", "5", "3"]
-    assert cells[1][:3] == ["demo_video", "12", "pending"] and cells[1][-1] == "Dependency"
-
-
-def test_the_status_of_what_slurm_has_forgotten(
-    fake: Any, words: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launch(words.plan())
-    runs = status.find_runs("runs", "a")
-
-    def states() -> list[tuple[str, str]]:
-        return [(str(row["state"]), str(row["reason"])) for row in status.rows_of(runs)[str(runs[0])]]
-
-    assert [state for state, _ in states()] == ["gone", "cancelled"]
-    write_stage(RUN, StageRecord("demo_image", 11, state="stopped", reason="the disk is full", step=5, loss=0.5))
-    assert states() == [("stopped", "the disk is full"), ("cancelled", "demo_image before it did not end well")]
-    (RUN / "checkpoints/demo_image/step_00000008").mkdir(parents=True)
-    (RUN / "checkpoints/demo_image/step_00000008/manifest.json").write_text('{"final": true}')
-    assert states()[0][0] == "finished"
-    monkeypatch.setenv("PATH", "")
-    capsys.readouterr()
-    status.print_status(runs)
-    assert "no Slurm here" in capsys.readouterr().out
-    with pytest.raises(UserError, match="there is no chain in runs/b"):
-        status.find_runs("runs", "b")
-
-
-def test_cancelling_ends_what_is_queued_and_writes_it_down(
-    fake: Any, words: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launch(words.plan("models=[lingen,dit]"))
-    fake.set("queue", "11|RUNNING|None|n[1-2]\n12|PENDING|Dependency|")
-    runs = status.find_runs("runs", "a")
-    assert [run.name for run in runs] == ["dit", "lingen"]
-    capsys.readouterr()
-    status.cancel(runs)
-    assert fake.calls[-1] == "scancel 12 11"
-    assert capsys.readouterr().out.splitlines() == [
-        "a/dit: nothing is queued or running",
-        "a/lingen: cancelled demo_image, job 11, which was running",
-        "a/lingen: cancelled demo_video, job 12, which was pending",
-    ]
-    fake.set("queue", "11|COMPLETING|None|n1")
-    status.cancel([RUN / "lingen"])
-    assert "nothing is queued" in capsys.readouterr().out
-    fake.set("queue", "")
-    assert [row["state"] for row in status.rows_of([RUN / "lingen"])[str(RUN / "lingen")]] == ["cancelled"] * 2
-
-
 def test_a_chain_s_record_that_is_none(fake: Any, words: Any) -> None:
     (RUN / "chain").mkdir(parents=True)
-    for text in ("{", "[]", "{}", '{"name": 1, "other": 2}'):
+    whole = '{"name": "a", "model": "", "words": [], "cluster": {}, "folder": "", "stages": [{"stage": 1, "job": []}]}'
+    whole = whole.replace("[]}", '[], "submitted": ""}')
+    for text in ("{", "[]", "{}", '{"name": 1, "other": 2}', whole):
         (RUN / "chain/chain.json").write_text(text)
         assert "chain.json" in refused(words)

@@ -150,3 +150,15 @@ def test_a_record_of_another_kind_is_named(change: Record, tmp_path: Path) -> No
     run = write_run(tmp_path / "run", lambda r: r | change if r["kind"] == "validation" else r)
     with pytest.raises(UserError, match=rf"metrics.jsonl, record 2 has no usable {next(iter(change))};"):
         load(run)
+
+
+def test_what_a_guard_left_out_is_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r")
+    axes = {"step": 30, "samples": 30, "tokens": 30, "flops": 30, "hours": 0.3, "stage": "image"}
+    with (folder / "metrics.jsonl").open("a") as file:
+        for more in ({"kind": "rollback", "skipped": 16}, {"kind": "rollback", "skipped": 24}, {"kind": "refused"}):
+            file.write(json.dumps(axes | more) + "\n")
+    run = load(folder)
+    assert (run.refused, run.skipped, len(run.stages)) == (1, 24, 2)
+    (warning,) = measure([run], 2).warnings
+    assert warning.startswith("DiT left out 1 steps and went past 24 samples")
