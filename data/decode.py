@@ -49,8 +49,7 @@ def probe(media: bytes) -> ClipInfo:
         return ClipInfo(1, 0.0, height, width)
     with open_video(media) as video:
         times, last = video.times, len(video.stamps) - 1
-        # PyAV is what each machine has; decord would say the same.
-        shapes = [_shown(piece) for at in {0, last} for piece in video.frames([at], "pyav")]
+        shapes = [_shown(piece) for at in {0, last} for piece in video.frames([at])]
     height, width = shapes[0]
     if last == 0:
         return ClipInfo(1, 0.0, height, width)
@@ -87,7 +86,7 @@ def decode_clip(
     start: float,
     begin: float = 0.0,
     end: float = 0.0,
-    decoder: Decoder = "decord",
+    decoder: Decoder = "pyav",
 ) -> torch.Tensor:
     """The window of a clip that fills a bucket.
 

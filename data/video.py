@@ -20,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
+from av.video.reformatter import VideoReformatter
 
 Frames = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]  # (F, H, W, 3)
 Times = np.ndarray[tuple[int, ...], np.dtype[np.float64]]  # (F,) seconds, ascending
@@ -91,7 +93,7 @@ class Video:
         """(F,) seconds."""
         return np.array(self.stamps, dtype=np.float64) * float(self.base)
 
-    def frames(self, indices: list[int], decoder: Decoder = "decord") -> Iterator[Piece]:
+    def frames(self, indices: list[int], decoder: Decoder = "pyav") -> Iterator[Piece]:
         """The frames at ``indices`` (ascending, some perhaps twice), upright, in pieces of some frames each.
 
         Raises:
@@ -137,7 +139,7 @@ class Video:
     def _decode_from(self, start: int | None, indices: list[int]) -> Iterator[Piece]:
         """Pictures (H, W, 3), until one is missing; ``start`` is the place of a key frame, None the file's start."""
         needed, wanted = {self.stamps[i] for i in indices}, iter(indices)
-        index = next(wanted)
+        index, reformatter = next(wanted), VideoReformatter()  # keeps its tables from frame to frame
         with nullcontext(self.container) if start is not None else open_media(self.media) as container:
             stream = container.streams[self.stream]
             if start is not None:
@@ -150,7 +152,7 @@ class Video:
                     continue
                 if stamp > self.stamps[index]:
                     return
-                picture = _upright(frame, self.aspect)
+                picture = _upright(frame, self.aspect, reformatter)
                 while stamp == self.stamps[index]:
                     yield picture
                     index = next(wanted, -1)
@@ -167,15 +169,15 @@ def _decode(container: Any, stream: Any, needed: set[int]) -> Iterator[av.VideoF
         yield from packet.decode()
 
 
-def _upright(frame: av.VideoFrame, aspect: float) -> Piece:
+def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter) -> Piece:
     """(H, W, 3) as it is to be shown, and its pixels' aspect.
 
     An interlaced frame holds two moments; the lines of the second are replaced by those of the first.
     """
-    pixels: Frames = frame.to_ndarray(format="rgb24")
+    pixels: Frames = reformatter.reformat(frame, format="rgb24").to_ndarray()
     if frame.interlaced_frame:
         pixels[1::2] = pixels[0 : len(pixels) // 2 * 2 : 2]
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return Piece(pixels, aspect)
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # x' = ax + cy, y' = bx + dy
