@@ -97,7 +97,14 @@ class Clips:
             try:
                 media = read_member(self.index, row)
                 yield decode_clip(
-                    media, frames=frames, height=config.height, width=config.width, fps=config.fps, start=start
+                    media,
+                    frames=frames,
+                    height=config.height,
+                    width=config.width,
+                    fps=config.fps,
+                    start=start,
+                    begin=float(self.index.begin[row]),
+                    end=float(self.index.end[row]),
                 )
             except BadSample as bad:
                 self.bad[bad.reason] += 1

@@ -45,7 +45,7 @@ def find_scenes(media: bytes, times: Times, threshold: float) -> list[float]:
     manager = SceneManager()
     manager.add_detector(ContentDetector(threshold=threshold, min_scene_len=MIN_SCENE_FRAMES))
     try:
-        manager.detect_scenes(VideoStreamAv(io.BytesIO(media)))
+        manager.detect_scenes(VideoStreamAv(io.BytesIO(media), suppress_output=True))
         starts = [start.seconds for start, _ in manager.get_scene_list()][1:]
     except Exception as error:  # as with decoders, whatever it is
         raise BadSample("cannot be decoded", f"scenes: {str(error)[:200]}") from error

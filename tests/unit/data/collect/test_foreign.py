@@ -101,7 +101,11 @@ def test_names_and_members_that_lead_elsewhere_are_refused(tmp_path: Path, make:
     with tarfile.open(root / "0.tar", "w") as tar:
         add(tar, "../../evil.mp4", CLIP)
         add(tar, "/abs.mp4", CLIP)
-        for kind, name in ((tarfile.SYMTYPE, "link.mp4"), (tarfile.FIFOTYPE, "pipe.mp4"), (tarfile.LNKTYPE, "hard.mp4")):
+        for kind, name in (
+            (tarfile.SYMTYPE, "link.mp4"),
+            (tarfile.FIFOTYPE, "pipe.mp4"),
+            (tarfile.LNKTYPE, "hard.mp4"),
+        ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
