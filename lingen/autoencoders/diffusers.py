@@ -69,7 +69,7 @@ class DiffusersVae:
 
     def _mode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, F, H, W) or (B, 3, H, W) -> (B, C, T, h, w) or (B, C, h, w)."""
-        encoded = self._model.encode(to_float(pixels).to(self._device, self._dtype))
+        encoded = self._model.encode(to_float(pixels.to(self._device)).to(self._dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         return latents.float()  # type: ignore[no-any-return]
 
@@ -212,7 +212,7 @@ def _folder(config: AutoencoderConfig) -> Path:
         try:
             folder = Path(snapshot_download(config.path, local_files_only=True))
         except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-            raise UserError(f"{where} is not on this machine; fetch it with: {command}") from error
+            raise UserError(f"{where} is neither a folder nor fetched; fetch it with: {command}") from error
         if not (folder / config.subfolder / "config.json").is_file() and config.subfolder:
             raise UserError(f"{where} was fetched without {config.subfolder}; fetch it with: {command}")
     return folder / config.subfolder
@@ -241,6 +241,7 @@ def _load(name: str, folder: Path, where: str) -> Any:
             "autoencoder.kind=diffusers needs the package diffusers; install it with: pip install '.[diffusers]'"
         ) from error
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     if not hasattr(diffusers, name):
         raise UserError(f"{where} holds a {name}, which diffusers {diffusers.__version__} does not have; update it")
     try:

@@ -41,7 +41,7 @@ def test_files_that_are_not_here_are_named_with_the_command_that_fetches_them(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     assert refused("some-owner/some-model", subfolder="vae") == (
-        "autoencoder.path=some-owner/some-model is not on this machine; fetch it with: "
+        "autoencoder.path=some-owner/some-model is neither a folder nor fetched; fetch it with: "
         "hf download some-owner/some-model --include 'vae/*'"
     )
     assert refused("some-owner/some-model").endswith("hf download some-owner/some-model")
