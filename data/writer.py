@@ -101,8 +101,9 @@ class ShardWriter:
     def drop(self) -> None:
         """Forget the shard under way, as after an error of the disk."""
         if self._stream is not None:
-            with suppress(OSError):  # what it still wanted to write
-                self._stream.close()
+            for part in (self._tar, self._stream):
+                with suppress(OSError):  # what it still wanted to write
+                    part.close()
             self._stream = None
         self._temporary().unlink(missing_ok=True)
         self.pending, self._names, self.media_bytes = Columns(), [], 0
