@@ -174,7 +174,7 @@ def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter)
 
     An interlaced frame holds two moments; the lines of the second are replaced by those of the first.
     """
-    pixels: Frames = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    pixels: Frames = reformatter.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
     if frame.interlaced_frame:
         pixels[1::2] = pixels[0 : len(pixels) // 2 * 2 : 2]
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)

@@ -87,6 +87,8 @@ class DataConfig(Section):
     video_frames_as_images: bool = False  # one-frame buckets may draw from videos too
     max_bad_share: Share = 0.05  # of the samples read; more holes than that end the run
     verify_checksums: bool = True
+    decoder: Literal["pyav", "decord"] = "pyav"  # the pixels are the same; decord decodes where it reads right
+    worker_memory_mb: PositiveInt = 2048  # a worker that has gained so much is replaced by a new one
 
 
 class TileConfig(Section):

@@ -18,7 +18,15 @@ FIXED = ("seed", "model", "size", "flow", "autoencoder", "text", "ema", "data", 
 FREE: dict[str, Any] = {
     "autoencoder": {"path", "subfolder", "tile"},  # its fingerprint is compared
     "text": {"cache": True, "encoders": {"__all__": {"path"}}},  # each encoder's fingerprint is compared
-    "data": {"path", "workers", "prefetch", "max_bad_share", "verify_checksums"},  # the index's fingerprint is
+    "data": {  # the index's fingerprint is compared, and both decoders give the same pixels
+        "path",
+        "workers",
+        "prefetch",
+        "max_bad_share",
+        "verify_checksums",
+        "decoder",
+        "worker_memory_mb",
+    },
     "validation": {"every_steps", "batch_size"},
 }
 
