@@ -103,8 +103,8 @@ class TileConfig(Section):
 class AutoencoderConfig(Section):
     """The latent space. ``time`` and ``space`` are its ratios: r*k + 1 frames become k + 1 latent frames."""
 
-    kind: Literal["pca", "diffusers"]
-    path: PathText  # pca: a file; diffusers: a folder, or a hub id that was fetched before
+    kind: Literal["pca", "diffusers", "tae"]
+    path: PathText  # pca: a file; tae: an export; diffusers: a folder, or a hub id that was fetched before
     subfolder: Annotated[str, AfterValidator(lambda name: _safe_name(name) if name else name)] = ""  # of path
     channels: PositiveInt = 16
     time: PositiveInt = 8
@@ -113,9 +113,11 @@ class AutoencoderConfig(Section):
     tile: TileConfig | None = None  # None: whole clips at once
 
     @model_validator(mode="after")
-    def _pca_is_one_fp32_file(self) -> AutoencoderConfig:
+    def _kinds_take_what_they_have(self) -> AutoencoderConfig:
         if self.kind == "pca" and (self.subfolder or self.dtype != "fp32"):
             raise ValueError("autoencoder.kind=pca is one file in fp32: it takes neither subfolder nor dtype")
+        if self.kind == "tae" and self.subfolder:
+            raise ValueError("autoencoder.kind=tae takes no subfolder: name the export itself in autoencoder.path")
         return self
 
     @model_validator(mode="after")

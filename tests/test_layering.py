@@ -16,7 +16,7 @@ import pytest
 # fmt: off
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
-     "lingen.text_config", "lingen.compose"),
+     "lingen.tae_config", "lingen.text_config", "lingen.compose"),
     ("lingen.agreement", "lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output",
      "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),

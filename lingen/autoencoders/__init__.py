@@ -7,11 +7,12 @@ import torch
 from lingen.autoencoders.base import Autoencoder, to_float
 from lingen.autoencoders.diffusers import load_diffusers
 from lingen.autoencoders.pca import load_pca
+from lingen.autoencoders.tae import load_tae
 from lingen.config import AutoencoderConfig
 
 __all__ = ["Autoencoder", "load_autoencoder", "to_float"]
 
-LOADERS = {"pca": load_pca, "diffusers": load_diffusers}
+LOADERS = {"pca": load_pca, "diffusers": load_diffusers, "tae": load_tae}
 
 
 def load_autoencoder(config: AutoencoderConfig, device: torch.device | str) -> Autoencoder:
