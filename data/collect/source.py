@@ -51,24 +51,27 @@ def find_source(words: Words) -> Source:
         if not manifest.is_file() or manifest.suffix.lower() not in MANIFESTS:
             raise UserError(f"manifest={manifest} is not a .csv or .jsonl file, nor a .parquet one")
         return from_manifest(manifest, given)
-    shards, files = find_files(given, SHARD), find_files(given, MEDIA)
+    found = find_files(given, SHARD + MEDIA + BESIDE)
+    shards, files = ([name for name in found if ends(name, kind)] for kind in (SHARD, MEDIA))
     if shards and files:
         raise UserError(
             f"input={given} holds both shards ({shards[0]}) and loose files ({files[0]}); name a folder with one kind"
         )
     if shards:
         return from_shards(words, given.resolve(), shards)
-    found = sorted(file for file in given.iterdir() if file.suffix.lower() in MANIFESTS and file.is_file())
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
+    manifests = sorted(file for file in given.iterdir() if ends(file.name, MANIFESTS) and file.is_file())
+    if len(manifests) > 1:
+        names = ", ".join(file.name for file in manifests)
         raise UserError(f"input={given} holds several manifests ({names}); say which with manifest=FILE")
-    if found:
-        return from_manifest(found[0], given)
+    if manifests:
+        return from_manifest(manifests[0], given)
     if not files:
         raise UserError(f"input={given} holds no videos or images ({', '.join(MEDIA)}); add some, with captions")
-    return Source(
-        given.resolve(), [Entry(name) for name in files], [], fingerprint(given, find_files(given, MEDIA + BESIDE))
-    )
+    return Source(given.resolve(), [Entry(name) for name in files], [], fingerprint(given, found))
+
+
+def ends(name: str, suffixes: tuple[str, ...]) -> bool:
+    return Path(name).suffix.lower() in suffixes
 
 
 def from_manifest(manifest: Path, root: Path) -> Source:
