@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders import Autoencoder, load_autoencoder
-from lingen.config import AutoencoderConfig
 
 FOUR = (8, 8, 8, 8)
 ONES = (1, 1, 1, 1, 1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders.base import Autoencoder, to_float
 from lingen.autoencoders.diffusers import load_diffusers
 from lingen.autoencoders.pca import load_pca
 from lingen.autoencoders.tae import load_tae
-from lingen.config import AutoencoderConfig
 
 __all__ = ["Autoencoder", "load_autoencoder", "to_float"]
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from lingen.config import AutoencoderConfig
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.errors import UserError
 
 

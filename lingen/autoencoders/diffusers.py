@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
 from lingen.autoencoders.rules import RULES, Rule, Statistics
 from lingen.autoencoders.tiles import tiled
-from lingen.config import AutoencoderConfig
 from lingen.errors import UserError
 
 PROBE_FRAMES = 25  # 24 is a multiple of all ratios in time that are known: 1, 2, 3, 4, 6, 8, 12

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
 from lingen.autoencoders.tiles import tiled
-from lingen.config import AutoencoderConfig
 from lingen.errors import UserError
 
 LEAST_STD = 1e-4  # of a channel; pixels are in [-1, 1]. Below it whitening would blow up rounding

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
 from lingen.autoencoders.tae_layers import Conv, Middle, Out, ResBlock, Stack, Upsample
 from lingen.autoencoders.tiles import tiled
-from lingen.config import AutoencoderConfig
 from lingen.errors import UserError
 from lingen.tae_config import TaeConfig
 

@@ -42,7 +42,8 @@ def outlier_penalty(latents: torch.Tensor, deviations: float) -> torch.Tensor:
     x = latents.float()
     off = (x - x.mean((3, 4), keepdim=True)).norm(dim=1)  # (B, T, h, w)
     deviation = x.std((3, 4), correction=0).norm(dim=1)  # (B, T)
-    return (off - deviations * deviation[..., None, None]).relu().flatten(1).mean(1)
+    beyond: torch.Tensor = (off - deviations * deviation[..., None, None]).relu()
+    return beyond.flatten(1).mean(1)
 
 
 class Perceptual:

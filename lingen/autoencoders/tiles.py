@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lingen.autoencoder_config import TileConfig
 from lingen.autoencoders.base import Autoencoder, refuse_other_shapes
-from lingen.config import TileConfig
 
 Window = tuple[int, int]
 Box = tuple[Window, ...]  # time, height, width

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders import load_autoencoder
 from lingen.autoencoders.tae import MEAN, STD, Tae, TaeAutoencoder
 from lingen.autoencoders.tae_game import TERMS, TaeGame
 from lingen.autoencoders.tae_layers import TimeAttention, TimeConv
 from lingen.autoencoders.tae_losses import Perceptual, adaptive_weight, kl, load_perceptual, outlier_penalty
 from lingen.compose import validate
-from lingen.config import AutoencoderConfig
 from lingen.errors import UserError
 from lingen.tae_config import AdversarialConfig, LossesConfig, PerceptualConfig, TaeConfig
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lingen.autoencoder_config import TileConfig
 from lingen.autoencoders.base import Autoencoder
 from lingen.autoencoders.pca import PcaAutoencoder
 from lingen.autoencoders.tiles import TiledAutoencoder, tiled, windows
-from lingen.config import TileConfig
 from tests.vaes import RATIOS, clip, load
 
 Saved = Callable[[str], Path]
