@@ -49,12 +49,61 @@ class Columns(BaseModel):
             getattr(self, name).extend(getattr(other, name))
 
 
+class LatentBucket(BaseModel):
+    """A shape in pixels that clips were brought to before they were encoded; the rate of an image is 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    frames: Count
+    height: Count
+    width: Count
+    fps: Rate
+
+    def __str__(self) -> str:
+        rate = f" at fps={self.fps:g}" if self.fps else ""
+        return f"{self.frames}x{self.height}x{self.width}{rate}"
+
+
+class StoredStates(BaseModel):
+    """A text encoder whose token states lie beside the latents."""
+
+    model_config = ConfigDict(extra="forbid")
+    fingerprint: str
+    length: Count  # most tokens of a caption
+    dim: Count
+    dtype: Literal["fp32", "bf16"]
+
+
+class Latents(BaseModel):
+    """How latents were made, and of what. A sample of theirs is one window of one clip in one bucket: its frames, rate
+    and size are the bucket's, and [begin, end) is the window, in seconds after the source's first frame."""
+
+    model_config = ConfigDict(extra="forbid")
+    autoencoder: str  # the fingerprint
+    channels: Count
+    time: Count
+    space: Count
+    dtype: Literal["fp16", "bf16", "fp32"]
+    source: str  # the fingerprint of the index of the clips
+    buckets: list[LatentBucket]
+    windows: Count  # a clip and bucket, at most; of a held-out clip there is the middle one alone
+    holdout_share: Annotated[float, Field(ge=0, lt=1)]
+    text: dict[str, StoredStates] = {}  # by the encoder's name; empty where no states are stored
+    empty_sha256: str = ""  # of the file with the states of the empty caption
+    mean: list[float] = []  # of each channel, over all samples
+    std: list[float] = []
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T, h, w) of a bucket's latents."""
+        return self.channels, (frames - 1) // self.time + 1, height // self.space, width // self.space
+
+
 class IndexFile(BaseModel):
     """index.json. ``root`` is the folder of the shards where they do not lie beside it: others wrote them."""
 
     model_config = ConfigDict(extra="forbid")
     format: Literal["lingen-shards-1"] = "lingen-shards-1"
     root: str | None = None
+    latents: Latents | None = None  # None: the media are videos and images
     shards: list[ShardEntry] = []
     samples: Columns = Columns()
 
@@ -63,6 +112,5 @@ class IndexFile(BaseModel):
         samples = self.samples
         whole = not any(samples.begin) and not any(samples.end)
         left_out: dict[str, bool | dict[str, bool]] = {"samples": {"begin": True, "end": True}} if whole else {}
-        if self.root is None:
-            left_out["root"] = True
+        left_out |= {name: True for name in ("root", "latents") if getattr(self, name) is None}
         return self.model_dump_json(exclude=left_out).encode()

@@ -22,12 +22,13 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from data.decode import BadSample
-from data.index_file import INDEX, PARTIAL_INDEX, Columns, IndexFile, ShardEntry
+from data.index_file import INDEX, PARTIAL_INDEX, Columns, IndexFile, Latents, ShardEntry
 from data.writer import Record as Record
 from data.writer import ShardWriter
 from lingen.errors import UserError
 from lingen.files import write_file
 
+PLAN = "precompute.json"  # in a folder of latents: what is to be written there
 # Seconds before a read is tried again: a file server may be away for a moment.
 PAUSES = (0.1, 0.4, 1.6)
 
@@ -56,6 +57,7 @@ class Index:
     end: npt.NDArray[np.float64]  # (N,) ... and 0 where it goes on to the media's own end
     fingerprint: str  # sha256 of the file index.json
     root: Path  # where the shards lie: ``path``, unless others wrote them
+    latents: Latents | None = None  # how they were made, where the media are latents
 
     def __len__(self) -> int:
         return len(self.key)
@@ -94,6 +96,8 @@ def load_index(path: str | Path) -> Index:
     folder = Path(path)
     file = folder / INDEX
     if not file.is_file():
+        if (folder / PLAN).exists():
+            raise UserError(f"data.path={path}: its latents are not complete; run scripts/precompute.py as before")
         found = (
             f"it holds {PARTIAL_INDEX}, a run that was stopped" if (folder / PARTIAL_INDEX).exists() else "no such file"
         )
@@ -123,6 +127,7 @@ def load_index(path: str | Path) -> Index:
     return Index(
         path=folder,
         root=root,
+        latents=index.latents,
         shards=[shard.name for shard in index.shards],
         fingerprint=hashlib.sha256(content).hexdigest(),
         **columns,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakSet
@@ -15,10 +15,11 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from data.batch import Batch, Bucket
+from data.batch import Batch, Bucket, States
 from data.buckets import Floats, Ints
 from data.decode import decode_clip
 from data.keeper import Keeper, Memory, Outcome, WorkerError, make
+from data.latents import Layout, read_latents
 from data.shards import Index, LostShard, read_member
 from lingen.config import DataConfig
 from lingen.errors import UserError
@@ -69,29 +70,29 @@ def _end_workers() -> None:
 
 
 def _without_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
-    work = partial(_decode_sample, index, data)
+    work = partial(_work_on(index), index, data)
     for job in jobs:
-        pixels = torch.empty(_bytes(job), dtype=torch.uint8)
+        memory = torch.empty(_bytes(index, job), dtype=torch.uint8)
         outcomes: dict[int, Outcome] = {}
         lost = None
         for n in _places(job):
-            outcome = make(work, job, n, pixels)
+            outcome = make(work, job, n, memory)
             if isinstance(outcome, LostShard):
                 lost = outcome
                 break
             if isinstance(outcome, UserError | WorkerError):
                 raise outcome
             outcomes[n] = outcome
-        yield _batch(index, job, pixels, lost or outcomes)
+        yield _batch(index, job, memory, lost or outcomes)
 
 
 def _with_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
     """Job n goes to keeper n modulo their number; each has ``data.prefetch`` jobs ahead."""
-    keepers = [Keeper(partial(_decode_sample, index, data), data.worker_memory_mb) for _ in range(data.workers)]
+    keepers = [Keeper(partial(_work_on(index), index, data), data.worker_memory_mb) for _ in range(data.workers)]
     waiting: deque[tuple[Keeper[Job], Job, Memory]] = deque()
 
     def send(keeper: Keeper[Job], job: Job) -> None:
-        memory = Memory(_bytes(job))
+        memory = Memory(_bytes(index, job))
         waiting.append((keeper, job, memory))
         keeper.send(job, _places(job), memory)
 
@@ -109,9 +110,9 @@ def _with_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batche
             following = next(jobs, None)
             if following is not None:
                 send(keeper, following)
-            pixels = memory.tensor()
+            filled = memory.tensor()
             memory.close()
-            yield _batch(index, job, pixels, outcomes)
+            yield _batch(index, job, filled, outcomes)
     finally:
         for keeper in keepers:
             keeper.close()
@@ -124,13 +125,30 @@ def _places(job: Job) -> list[int]:
     return [int(n) for n in np.flatnonzero(job.rows != PADDING)]
 
 
-def _bytes(job: Job) -> int:
-    """Of a job's pixels."""
-    return len(job.rows) * 3 * job.bucket.frames * job.bucket.height * job.bucket.width
+def _bytes(index: Index, job: Job) -> int:
+    """Of a job's samples."""
+    return len(job.rows) * sample_bytes(index, job.bucket)
+
+
+def sample_bytes(index: Index, shape: Bucket) -> int:
+    """What one sample takes in memory."""
+    return Layout(index.latents, shape).bytes if index.latents else 3 * shape.frames * shape.height * shape.width
+
+
+def _work_on(index: Index) -> Callable[[Index, DataConfig, Job, int, torch.Tensor], None]:
+    """How to make a sample."""
+    return _read_sample if index.latents else _decode_sample
+
+
+def _read_sample(index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor) -> None:
+    """As ``_decode_sample``, from latents."""
+    latents, tokens = read_latents(index, int(job.rows[n]), verify=data.verify_checksums)
+    assert index.latents is not None
+    Layout(index.latents, job.bucket).fill(memory, n, latents, tokens)
 
 
 def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: torch.Tensor) -> None:
-    """Fill in the n-th of the job's samples. ``pixels`` has ``_bytes(job)`` of them.
+    """Fill in the n-th of the job's samples. ``pixels`` has ``_bytes(index, job)`` of them.
 
     Raises:
         BadSample: it cannot be used.
@@ -152,23 +170,34 @@ def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: tor
 
 
 def _batch(
-    index: Index, job: Job, flat: torch.Tensor, outcomes: dict[int, Outcome] | LostShard
+    index: Index, job: Job, memory: torch.Tensor, outcomes: dict[int, Outcome] | LostShard
 ) -> tuple[Batch, list[Hole]]:
     """The batch, with its holes greyed; ``outcomes`` may be the error that lost all of it."""
-    count, shape = len(job.rows), job.bucket
-    pixels = flat.view(count, 3, shape.frames, shape.height, shape.width)
+    count = len(job.rows)
     keys = [index.key[row] if row != PADDING else "" for row in job.rows]
     captions, holes = [""] * count, []
     valid, positions = torch.zeros(count, dtype=torch.bool), torch.from_numpy(job.positions)
-    if isinstance(outcomes, LostShard):
-        pixels.fill_(GREY)
-        return Batch(shape, pixels, captions, keys, valid, positions, str(outcomes)), []
-    for n, row in enumerate(job.rows):
-        if n in outcomes and outcomes[n] is None:
-            captions[n], valid[n] = index.caption[row], True
-            continue
-        pixels[n] = GREY
-        bad = outcomes.get(n)
-        if bad is not None:
-            holes.append(Hole(keys[n], bad.reason, bad.detail))
-    return Batch(shape, pixels, captions, keys, valid, positions), holes
+    lost = str(outcomes) if isinstance(outcomes, LostShard) else None
+    for n, outcome in {} if isinstance(outcomes, LostShard) else outcomes.items():
+        if outcome is None:
+            captions[n], valid[n] = index.caption[job.rows[n]], True
+        else:
+            holes.append(Hole(keys[n], outcome.reason, outcome.detail))
+    pixels, latents, states = _content(index, job, memory, valid)
+    return Batch(job.bucket, pixels, captions, keys, valid, positions, lost, latents, states), holes
+
+
+def _content(
+    index: Index, job: Job, memory: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, States | None]:
+    """The pixels, the latents and the states of a batch, in its memory; holes are emptied."""
+    count, shape = len(job.rows), job.bucket
+    if index.latents is None:
+        pixels = memory.view(count, 3, shape.frames, shape.height, shape.width)
+        pixels[~valid] = GREY
+        return pixels, None, None
+    layout = Layout(index.latents, shape)
+    for n in torch.nonzero(~valid).flatten().tolist():
+        layout.clear(memory, n)
+    none = torch.empty(count, 3, 0, shape.height, shape.width, dtype=torch.uint8)
+    return none, *layout.read(memory)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data.latents import read_empty, refuse_other_latents
 from data.pipeline import Position, StageLoader
 from data.shards import Index, load_index
 from lingen import checkpoint
@@ -36,7 +37,7 @@ from lingen.models import make_model
 from lingen.models.parallel import SequenceGroup, parallelise
 from lingen.runfolder import architecture, run_folder, stage_folder
 from lingen.step import Networks
-from lingen.text.encoders import TextEncoder, load_text_encoders, refuse_other_text
+from lingen.text.encoders import TextEncoder, load_text_encoders, refuse_other_text, stored_encoders
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Inputs:
     """What stands before the model, in every stage: the clips and the frozen networks that read them."""
 
     index: Index
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder  # on the CPU where latents are read: nothing is encoded then
     text: TextEncoder
 
 
@@ -81,13 +82,20 @@ class StageState:
 
 def load_inputs(config: Config, dist: Dist) -> Inputs:
     """Raises:
-    UserError: the shards, the autoencoder or a text encoder are not there, or not what the configuration says.
+    UserError: the shards, the autoencoder or a text encoder are not there, or not what the configuration says; or the
+        shards hold what another autoencoder or text encoder made.
     """
-    return Inputs(
-        load_index(config.data.path),
-        load_autoencoder(config.autoencoder, dist.device),
-        load_text_encoders(config.text, dist.device),
-    )
+    index = load_index(config.data.path)
+    stored = index.latents
+    autoencoder = load_autoencoder(config.autoencoder, "cpu" if stored else dist.device)
+    if stored:
+        refuse_other_latents(index, autoencoder.fingerprint, config.autoencoder.path, config.data.holdout_share)
+    if stored is None or not stored.text:
+        return Inputs(index, autoencoder, load_text_encoders(config.text, dist.device))
+    before = {name: states.fingerprint for name, states in stored.text.items()}
+    where = f"data.path={index.path}"
+    text = stored_encoders(config.text, before, read_empty(index), where, dist.device)
+    return Inputs(index, autoencoder, text)
 
 
 def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageConfig], Start]:
@@ -278,4 +286,4 @@ def refuse_other_encoders(there: Checkpoint, inputs: Inputs) -> None:
             f"autoencoder.path holds another autoencoder (fingerprint {fingerprint[:12]}) than {there.folder} was "
             f"trained with ({before[:12]}); name that one"
         )
-    refuse_other_text(there.progress["text_fingerprint"], inputs.text.fingerprints, f"{there.folder} was")
+    refuse_other_text(there.progress["text_fingerprint"], inputs.text.fingerprints, f"{there.folder} was trained with")

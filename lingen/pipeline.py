@@ -73,7 +73,7 @@ class LinGenPipeline:
             )
         config = config.model_copy(update={"text": _text_at(config.text, encoders or {})})
         text = load_text_encoders(config.text, place)
-        refuse_other_text(trained.text_fingerprint, text.fingerprints, f"{path} was")
+        refuse_other_text(trained.text_fingerprint, text.fingerprints, f"{path} was trained with")
         with torch.device("meta"):
             model = make_model(config)
         try:

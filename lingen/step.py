@@ -37,9 +37,15 @@ class Networks:
     _flops: dict[tuple[int, int, int], int] = field(default_factory=dict, init=False, repr=False)
 
     @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Clips (B, 3, F, H, W) uint8 -> latents (B, C, T, H, W) fp32."""
-        return self.autoencoder.encode(pixels.to(self.device))
+    def latents(self, batch: Batch) -> torch.Tensor:
+        """A batch's latents (B, C, T, H, W) fp32: as they were stored, or encoded from its pixels."""
+        if batch.latents is not None:
+            return batch.latents.to(self.device).float()
+        return self.autoencoder.encode(batch.pixels.to(self.device))
+
+    def read(self, batch: Batch, captions: list[str], left_out: list[set[str]]) -> Text:
+        """The states of a batch's captions, some of which may have become empty: stored ones, or encoded now."""
+        return self.text.encode(captions, left_out, batch.states.rows() if batch.states else None)
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:
         """The model's velocity at ``x`` (B, C, T, H, W) and ``sigma`` (B,), in fp32."""
@@ -124,7 +130,7 @@ def batch_losses(
     networks: Networks, batch: Batch, *, seed: int, samples_seen: int, shift: float, flow: FlowConfig
 ) -> torch.Tensor:
     """The loss (B,) of each sample of a micro-batch, holes included, with the graph behind it."""
-    latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
+    latents = networks.latents(batch)  # (B, C, T, H, W)
     drawn = draw(
         batch.positions.tolist(),
         tuple(latents.shape[1:]),  # type: ignore[arg-type]
@@ -137,7 +143,7 @@ def batch_losses(
     captions = ["" if drop else text for text, drop in zip(batch.captions, drawn.drop_caption, strict=True)]
     left_out = draw_left_out(batch.positions.tolist(), networks.text.dropout, seed=seed, samples_seen=samples_seen)
     x = interpolate(latents, drawn.noise, drawn.sigma)
-    velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions, left_out))
+    velocity = networks.velocity(x, drawn.sigma, networks.read(batch, captions, left_out))
     return sample_losses(velocity, latents, drawn.noise)
 
 

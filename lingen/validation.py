@@ -41,8 +41,8 @@ def bucket_losses(
             raise_lost(batch.lost, dist, "nothing was measured")
         if seen[1]:
             return None
-        latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
-        text = networks.text.encode(batch.captions)
+        latents = networks.latents(batch)  # (B, C, T, H, W)
+        text = networks.read(batch, batch.captions, [])
         valid = dist.agreed(batch.valid).double()  # (B,)
         for i, sigma in enumerate(sigmas.tolist()):
             noise = torch.stack(

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from data.batch import Tokens
 from lingen.text_config import EncoderConfig
 
-Tokens = dict[str, torch.Tensor]  # one caption's states (N, S) by encoder, unpadded, on the CPU; N may be 0
 Text = tuple[dict[str, torch.Tensor], torch.Tensor]  # states (B, L, S) fp32 by encoder; mask (B, sum(L)) bool
 
 

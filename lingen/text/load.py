@@ -56,6 +56,19 @@ def load_encoder(name: str, config: EncoderConfig, cache: int, device: torch.dev
     return HuggingFaceEncoder(model, tokenizer, config, fingerprint=fingerprint(folder, config), cache=cache)
 
 
+def load_fingerprint(name: str, config: EncoderConfig) -> str:
+    """The fingerprint of the encoder ``text.encoders.NAME``, from its files alone.
+
+    Raises:
+        UserError: they cannot be found or read.
+    """
+    folder = _resolve(f"text.encoders.{name}.path", config.path)
+    try:
+        return fingerprint(folder, config)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"text.encoders.{name}.path={config.path} cannot be read: {error}") from error
+
+
 def fingerprint(folder: Path, config: EncoderConfig) -> str:
     """sha256 of all that decides an encoder's states: the tensors of its files, its config.json, its tokenizer's files,
     and how they are used. Neither where it lies nor into how many files it is cut counts."""

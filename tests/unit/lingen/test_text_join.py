@@ -164,10 +164,10 @@ def test_what_of_an_encoder_makes_another_experiment() -> None:
 
 
 def test_other_fingerprints_are_refused() -> None:
-    refuse_other_text({"t5": "a", "clip": "b"}, {"clip": "b", "t5": "a"}, "DIR was")
+    refuse_other_text({"t5": "a", "clip": "b"}, {"clip": "b", "t5": "a"}, "DIR was trained with")
     with pytest.raises(
         UserError, match=r"text\.encoders\.clip: .*fingerprint c\) are not what DIR was trained with \(b"
     ):
-        refuse_other_text({"t5": "a", "clip": "b"}, {"t5": "a", "clip": "c"}, "DIR was")
+        refuse_other_text({"t5": "a", "clip": "b"}, {"t5": "a", "clip": "c"}, "DIR was trained with")
     with pytest.raises(UserError, match=r"text\.encoders\.clip: .*fingerprint none"):
-        refuse_other_text({"t5": "a", "clip": "b"}, {"t5": "a"}, "DIR was")
+        refuse_other_text({"t5": "a", "clip": "b"}, {"t5": "a"}, "DIR was trained with")
