@@ -56,7 +56,7 @@ class HuggingFaceEncoder:
         """
         text = quoted(caption) if self.config.quoted_only else caption
         if self.config.quoted_only and not text:
-            return torch.empty(0, self.config.dim)
+            return torch.empty(0, self.config.dim, dtype=self._model.dtype)
         text = text[: CHARACTERS_A_TOKEN * self.config.length]
         if text in self._cache:
             self._cache.move_to_end(text)

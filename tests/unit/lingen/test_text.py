@@ -124,6 +124,7 @@ def test_an_encoder_of_quotes_has_no_tokens_without_them(tmp_path: Path) -> None
     whole, encoder = load(tmp_path), load(tmp_path, quoted_only=True)
     assert torch.equal(encoder.tokens('a sign says "NO"'), whole.tokens("NO"))
     assert encoder.tokens("a red circle").shape == encoder.tokens("").shape == (0, 8)
+    assert load(tmp_path, quoted_only=True, dtype="bf16").tokens("a red circle").dtype == torch.bfloat16
 
 
 def test_a_caption_as_long_as_a_book_is_cut_before_it_is_tokenized(tmp_path: Path) -> None:
@@ -168,6 +169,17 @@ def test_a_fingerprint_names_what_decides_the_states(t5: Path, tmp_path: Path) -
     others = [load(tmp_path / name) for name in ("other", "words", "config")]
     others += [load(t5, length=11), load(t5, dtype="bf16"), load(t5, quoted_only=True)]
     assert len({first} | {encoder.fingerprint for encoder in others}) == 7
+
+
+def test_a_hub_id_is_found_where_it_was_fetched_to(t5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="hf download some/t5 --include"):
+        load("some/t5")
+    fetched = tmp_path / "models--some--t5"
+    shutil.copytree(t5, fetched / "snapshots" / ("0" * 40))
+    (fetched / "refs").mkdir()
+    (fetched / "refs" / "main").write_text("0" * 40)
+    assert load("some/t5").fingerprint == load(t5).fingerprint
 
 
 def test_a_tokenizer_may_lie_beside_as_in_pipelines(t5: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_the_ladder_has_every_published_stage() -> None:
     stages = {stage.name: stage for stage in ladder("tiny")}
     assert list(stages) == names
     assert str(largest_bucket(stages["t2v_512_34s"])) == "537x512x896"
-    assert bench_config("dit", "4b").text.length == 512
+    assert bench_config("dit", "4b").text.lengths == {"minilm": 512}
 
 
 def test_flops_of_the_4b_pair() -> None:
