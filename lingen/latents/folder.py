@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +109,12 @@ class Folder:
         if other:
             raise UserError(f"out={out} was begun with {'; '.join(other)}; choose another folder, or remove this one")
 
+    def close(self) -> None:
+        """Let go of the locks; no claims after that."""
+        os.close(self._lock)
+        if self.complete:
+            (self.path / LOCK).unlink(missing_ok=True)
+
     @property
     def complete(self) -> bool:
         """Whether the index is written."""
@@ -195,8 +200,6 @@ class Folder:
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         for left in self.path.glob("*.tmp"):  # of processes that were killed
             left.unlink(missing_ok=True)
-        with suppress(OSError):
-            (self.path / LOCK).unlink()
 
 
 def statistics(parts: list[Part]) -> dict[str, list[float]]:

@@ -77,6 +77,7 @@ def precompute(words: Words, config: Config, place: Place) -> str:
                 task.work(shown=False, busy=[])  # what a process left that was killed
             complete = task.folder.finish(len(task.units), config.data.max_bad_share)
     finally:
+        task.folder.close()
         for other in others:
             other.kill()
             other.join()
@@ -117,7 +118,7 @@ def _other(words: Words, config: Config, rank: int) -> None:
 
     os.environ["RANK"] = str(rank)  # for run_main: rank 0 says it for all
     try:
-        run_main(work)  # type: ignore[arg-type]
+        run_main(work)
     except KeyboardInterrupt:
         return
 
