@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
@@ -86,14 +86,7 @@ class Keeper(Generic[J]):
     """
 
     def __init__(self, work: Work[J], memory_mb: int) -> None:
-        self._connection, theirs = FORK.Pipe()
-        self._process = FORK.Process(target=_keep, args=(theirs, work, memory_mb << 20, os.getpid()))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # until it ignores them
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+        self._connection, self._process = start_process(_keep, work, memory_mb << 20)
 
     def send(self, job: J, places: list[int], memory: Memory) -> None:
         """Have these samples of a job made."""
@@ -123,15 +116,32 @@ class Keeper(Generic[J]):
         self._process.join()
 
 
-def _keep(connection: Connection, work: Work[J], limit: int, parent: int) -> None:
-    """The keeper's whole life: it ends with its parent."""
+def start_process(target: Callable[..., None], *words: Any) -> tuple[Connection, BaseProcess]:
+    """Fork a process that runs target(its end of a pipe, *words, the parent's id) and ignores ``JOB_SIGNALS``."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_ignoring_signals, args=(target, theirs, *words, os.getpid()))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # until it ignores them
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return ours, process
+
+
+def _ignoring_signals(target: Callable[..., None], *words: Any) -> None:
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+    target(*words)
+
+
+def _keep(connection: Connection, work: Work[J], limit: int, parent: int) -> None:
+    """The keeper's whole life: it ends with its parent."""
     worker = _Worker(connection, work, limit, parent)
     try:
         while True:
-            _wait(connection, parent)
+            wait_for(connection, parent)
             job, places, size = connection.recv()
             memory = Memory(size, recv_handle(connection))
             connection.send(_do(worker, job, places, memory))
@@ -187,7 +197,7 @@ class _Worker(Generic[J]):
             self._connection.send((job, places, memory.size))
             send_handle(self._connection, memory.handle, self._process.pid)
             for _ in places:
-                _wait(self._connection, self._parent)
+                wait_for(self._connection, self._parent)
                 n, outcome, ends = self._connection.recv()
                 yield n, outcome
                 if ends:
@@ -210,7 +220,7 @@ class _Worker(Generic[J]):
         self._process.close()
 
 
-def _wait(connection: Connection, parent: int) -> None:
+def wait_for(connection: Connection, parent: int) -> None:
     """Until there is something to read.
 
     Raises:

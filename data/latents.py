@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from data.batch import Bucket, States, Tokens
 from data.decode import BadSample
 from data.index_file import Latents
-from data.shards import Index, read_member
+from data.shards import Index, read_beside, read_member
 from lingen.config import BucketConfig, StageConfig
 from lingen.errors import UserError
 
@@ -62,7 +62,7 @@ def read_empty(index: Index) -> Tokens:
     """
     about, path = described(index), index.path / EMPTY
     try:
-        content = path.read_bytes()
+        content = read_beside(index, EMPTY)
         if hashlib.sha256(content).hexdigest() != about.empty_sha256:
             raise BadSample("wrong checksum")
         return _tokens(_parse(content), about)

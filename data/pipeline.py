@@ -11,7 +11,6 @@ Shapes: B samples of a micro-batch, F frames, H height, W width; M samples of a 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from data.batch import Batch, Bucket
 from data.buckets import (
@@ -36,8 +36,6 @@ from data.shards import Index
 from data.workers import PADDING, Hole, Job, decode, sample_bytes
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import LocalError, UserError
-
-SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class StageLoader:
         refuse_other_buckets(index, [stage])
         train, _ = split(index, data.holdout_share)
         self._streams = [_Stream(index, bucket, train, stage, data, seed) for bucket in stage.buckets]
-        _check_shared_memory(index, stage, data, world * grad_accumulation)
+        _check_memory(index, stage, data, world * grad_accumulation)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = decode(self.index, self.data, self._jobs())
@@ -267,16 +265,14 @@ def holdout_batches(
         yield batch
 
 
-def _check_shared_memory(index: Index, stage: StageConfig, data: DataConfig, parts: int) -> None:
-    """Refuse what would end in a bus error: the workers' batches wait in shared memory, which containers keep small."""
-    if not data.workers or not SHARED_MEMORY.is_dir():
-        return
+def _check_memory(index: Index, stage: StageConfig, data: DataConfig, parts: int) -> None:
+    """Refuse what would end in a killed process: the workers' batches wait in memory."""
     largest = max(b.batch_size // parts * sample_bytes(index, shape_of(b)) for b in stage.buckets)
-    needed, free = largest * data.workers * data.prefetch, shutil.disk_usage(SHARED_MEMORY).free
+    needed, free = largest * data.workers * data.prefetch, psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"data.workers={data.workers} * data.prefetch={data.prefetch} micro-batches of {largest >> 20} MiB do not "
-            f"fit into {SHARED_MEMORY} ({free >> 20} MiB free): lower data.prefetch or data.workers (0 needs none)"
+            f"fit into memory ({free >> 20} MiB free): lower data.prefetch or data.workers"
         )
 
 

@@ -23,6 +23,8 @@ from pydantic import ValidationError
 
 from data.decode import BadSample
 from data.index_file import INDEX, PARTIAL_INDEX, Columns, IndexFile, Latents, ShardEntry
+from data.remote import Source, Unreachable, is_remote, shown
+from data.shelf import DEFAULT_BYTES, Shelf, default_folder
 from data.writer import Record as Record
 from data.writer import ShardWriter
 from lingen.errors import UserError
@@ -58,6 +60,8 @@ class Index:
     fingerprint: str  # sha256 of the file index.json
     root: Path  # where the shards lie: ``path``, unless others wrote them
     latents: Latents | None = None  # how they were made, where the media are latents
+    home: Source | None = None  # where index.json is, if it is remote; ``path`` then says so in words
+    shelf: Shelf | None = None  # of the shards, if they are remote; ``root`` then says where in words
 
     def __len__(self) -> int:
         return len(self.key)
@@ -88,37 +92,36 @@ class Summary:
 
 
 def load_index(path: str | Path) -> Index:
-    """Read DIR/index.json and check it against the shards beside it.
+    """Read PATH/index.json and check it against the shards beside it. PATH is a folder, or a base (``data.remote``).
 
     Raises:
-        UserError: the folder, the index or a shard is missing, damaged or empty, or a shard has another size.
+        UserError: the folder, the index or a shard is missing, damaged or empty, or a shard has another size (of remote
+            shards that is seen when they are fetched); a library for a base is missing.
     """
-    folder = Path(path)
+    home = Source(str(path)) if is_remote(path) else None
+    folder = Path(shown(str(path)) if home else path)
     file = folder / INDEX
-    if not file.is_file():
-        if (folder / PLAN).exists():
-            raise UserError(f"data.path={path}: its latents are not complete; run scripts/precompute.py as before")
-        found = (
-            f"it holds {PARTIAL_INDEX}, a run that was stopped" if (folder / PARTIAL_INDEX).exists() else "no such file"
-        )
-        raise UserError(
-            f"data.path={path}: {file} is missing ({found}); write it with: "
-            f"python scripts/make_shards.py input=DIR output={path}"
-        )
-    content = file.read_bytes()
+    try:
+        content = home.read(INDEX) if home else _read_local(file)
+    except Unreachable as error:
+        raise UserError(f"data.path={shown(str(path))}: {error}") from error
     try:
         index = IndexFile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"data.path={path}: {file} is damaged ({where}: {first['msg']}); write the shards again"
+            f"data.path={folder}: {file} is damaged ({where}: {first['msg']}); write the shards again"
         ) from error
     samples = index.samples
     if not samples.begin and not samples.end:
         samples.begin, samples.end = [0.0] * len(samples.key), [0.0] * len(samples.key)
-    root = folder if index.root is None else Path(index.root)
-    _check(folder, root, index)
+    base = index.root or (home.base if home else None)
+    source = Source(base) if base is not None and is_remote(base) else None
+    root = Path(shown(source.base) if source else base or folder)
+    _check(folder, None if source else root, index)
+    names, sizes = [shard.name for shard in index.shards], [shard.bytes for shard in index.shards]
+    fingerprint = hashlib.sha256(content).hexdigest()
     columns: dict[str, Any] = {name: getattr(samples, name) for name in type(samples).model_fields}
     for name in ("frames", "height", "width", "bytes", "shard", "offset"):
         columns[name] = np.array(columns[name], dtype=np.int64)
@@ -128,14 +131,32 @@ def load_index(path: str | Path) -> Index:
         path=folder,
         root=root,
         latents=index.latents,
-        shards=[shard.name for shard in index.shards],
-        fingerprint=hashlib.sha256(content).hexdigest(),
+        home=home,
+        shelf=Shelf(source, names, sizes, fingerprint, default_folder(), DEFAULT_BYTES) if source else None,
+        shards=names,
+        fingerprint=fingerprint,
         **columns,
     )
 
 
-def _check(folder: Path, root: Path, index: IndexFile) -> None:
-    """The columns fit together, and every shard is there, whole."""
+def _read_local(file: Path) -> bytes:
+    """index.json; an error says how to write it."""
+    folder = file.parent
+    if not file.is_file():
+        if (folder / PLAN).exists():
+            raise UserError(f"data.path={folder}: its latents are not complete; run scripts/precompute.py as before")
+        found = (
+            f"it holds {PARTIAL_INDEX}, a run that was stopped" if (folder / PARTIAL_INDEX).exists() else "no such file"
+        )
+        raise UserError(
+            f"data.path={folder}: {file} is missing ({found}); write it with: "
+            f"python scripts/make_shards.py input=DIR output={folder}"
+        )
+    return file.read_bytes()
+
+
+def _check(folder: Path, root: Path | None, index: IndexFile) -> None:
+    """The columns fit together, and every shard is there, whole, below ``root`` (None: elsewhere)."""
     where, samples = f"data.path={folder}", index.samples
     count = len(samples.key)
     if any(len(getattr(samples, name)) != count for name in type(samples).model_fields):
@@ -143,10 +164,12 @@ def _check(folder: Path, root: Path, index: IndexFile) -> None:
     if not count:
         raise UserError(f"{where}: {INDEX} lists no sample; write the shards again from a folder with clips")
     for shard in index.shards:
-        file = root / shard.name
         inside = PurePosixPath(shard.name)
         if inside.is_absolute() or ".." in inside.parts:
             raise UserError(f"{where}: {INDEX} names the shard '{shard.name}', which is not inside the folder")
+        if root is None:
+            continue
+        file = root / shard.name
         if not file.is_file():
             raise UserError(f"{where}: the shard {file} is missing; copy it again or write the shards again")
         if file.stat().st_size != shard.bytes:
@@ -170,24 +193,43 @@ def read_member(index: Index, i: int, *, verify: bool = True) -> bytes:
     """The media of sample ``i``: one read at its offset, checked against its sha256 where ``verify``.
 
     Raises:
-        BadSample: the bytes are not those that were written.
+        BadSample: the bytes are not those that were written; of a remote shard, also after it was fetched once more.
         LostShard: there are no such bytes, also after some pauses.
     """
-    media = _read(index.shard_paths[index.shard[i]], int(index.bytes[i]), int(index.offset[i]))
+    media = _read(index, i)
     if verify and hashlib.sha256(media).hexdigest() != index.sha256[i]:
-        raise BadSample("wrong checksum")
+        if index.shelf is None or not index.shelf.forget(int(index.shard[i])):
+            raise BadSample("wrong checksum")
+        media = _read(index, i)
+        if hashlib.sha256(media).hexdigest() != index.sha256[i]:
+            raise BadSample("wrong checksum")
     return media
 
 
-def _read(path: Path, size: int, offset: int) -> bytes:
-    problem = ""
+def read_beside(index: Index, name: str) -> bytes:
+    """A small file that lies beside index.json.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return (index.path / name).read_bytes() if index.home is None else index.home.read(name)
+    except Unreachable as error:
+        raise OSError(str(error)) from error
+
+
+def _read(index: Index, i: int) -> bytes:
+    shard, size, offset = int(index.shard[i]), int(index.bytes[i]), int(index.offset[i])
+    path, problem = index.shard_paths[shard], ""
     for attempt, pause in enumerate((0.0, *PAUSES)):
         if attempt == 1:
             print(f"{path}: {problem}; trying again for {sum(PAUSES):.1f} s", file=sys.stderr, flush=True)
         time.sleep(pause)
         try:
-            with path.open("rb", buffering=0) as shard:
-                media = os.pread(shard.fileno(), size, offset)
+            with path.open("rb", buffering=0) if index.shelf is None else index.shelf.open(shard) as stream:
+                media = os.pread(stream.fileno(), size, offset)
+        except Unreachable as error:  # that took its own pauses
+            raise LostShard(f"shard cannot be read: {error}") from error
         except OSError as error:
             problem = error.strerror or str(error)
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakSet
 
@@ -21,6 +21,7 @@ from data.decode import decode_clip
 from data.keeper import Keeper, Memory, Outcome, WorkerError, make
 from data.latents import Layout, read_latents
 from data.shards import Index, LostShard, read_member
+from data.shelf import ReadAhead, Shelf
 from lingen.config import DataConfig
 from lingen.errors import UserError
 
@@ -56,8 +57,15 @@ def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tupl
     """The jobs' batches, in the order of the jobs, from ``data.workers`` processes. They end with the iterator.
 
     Without workers a decoder that crashes ends this process.
+
+    Raises:
+        UserError: the shards are remote, and ``data.cache_gb`` is less than two windows of them.
     """
-    batches = _with_workers(index, data, jobs) if data.workers else _without_workers(index, data, jobs)
+    if index.shelf:
+        shelf = index.shelf.moved(data.cache_dir, data.cache_gb, data.window_shards)
+        batches = _reading_ahead(replace(index, shelf=shelf), shelf, data, jobs)
+    else:
+        batches = _decode(index, data, jobs)
     _under_way.add(batches)
     return batches
 
@@ -67,6 +75,26 @@ def _end_workers() -> None:
     """What a crash's traceback still holds: multiprocessing would wait for ever for those that ignore its SIGTERM."""
     for batches in list(_under_way):
         batches.close()
+
+
+def _decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
+    return _with_workers(index, data, jobs) if data.workers else _without_workers(index, data, jobs)
+
+
+def _reading_ahead(index: Index, shelf: Shelf, data: DataConfig, jobs: Iterator[Job]) -> Batches:
+    """While a window's shards are read, the next window's are fetched; more where buckets are in windows of their own,
+    and the cache has room."""
+    ahead, window = ReadAhead(shelf), data.window_shards
+    distance = max(2 * window, min(4 * window, shelf.room * 3 // 4))
+    try:
+        yield from _decode(index, data, ahead.before(jobs, partial(_shards, index), distance))
+    finally:
+        ahead.close()
+
+
+def _shards(index: Index, job: Job) -> set[int]:
+    """Those that a job's samples are in."""
+    return {int(n) for n in index.shard[job.rows[job.rows != PADDING]]}
 
 
 def _without_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:

@@ -68,7 +68,7 @@ class StageConfig(Section):
 class DataConfig(Section):
     """Where the shards are and how they are read."""
 
-    path: PathText
+    path: PathText  # a folder, https://, s3:// and so on, or pipe:COMMAND {}
     workers: Annotated[int, Field(ge=0)] = 2  # decoding processes a rank; 0 decodes in the main process
     prefetch: PositiveInt = 4  # micro-batches that each worker prepares ahead
     window_shards: PositiveInt = 8  # samples are shuffled inside windows of so many shards
@@ -78,6 +78,8 @@ class DataConfig(Section):
     verify_checksums: bool = True
     decoder: Literal["pyav", "decord"] = "pyav"  # the pixels are the same; decord decodes where it reads right
     worker_memory_mb: PositiveInt = 2048  # a worker that has gained so much is replaced by a new one
+    cache_dir: PathText | None = None  # of remote shards, on a node's own disk; None: below the temporary folder
+    cache_gb: PositiveFloat = 50.0  # of them are kept; two windows must fit
 
 
 class FlowConfig(Section):

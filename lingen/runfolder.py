@@ -26,6 +26,8 @@ FREE: dict[str, Any] = {
         "verify_checksums",
         "decoder",
         "worker_memory_mb",
+        "cache_dir",
+        "cache_gb",
     },
     "validation": {"every_steps", "batch_size"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ def break_decoder(monkeypatch: pytest.MonkeyPatch, index: Index, keys: list[str]
 
 
 def crash(_: str) -> None:
+    faulthandler.disable()  # pytest enabled it; the dump would be long
     os.kill(os.getpid(), signal.SIGSEGV)
     time.sleep(60)  # until it arrives
 
