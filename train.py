@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from lingen.compose import CONF_DIR, compose
+from lingen.compose import compose, groups
 from lingen.dist import StopSignal
 from lingen.errors import run_main
 
@@ -23,9 +23,8 @@ groups:"""
 
 
 def usage() -> str:
-    """The usage, with the choices of every group of conf/."""
-    groups = sorted(folder for folder in CONF_DIR.iterdir() if folder.is_dir() and folder.name != "cluster")
-    return "\n".join([USAGE, *(f"  {g.name}: {', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups)])
+    """The usage, with the choices of every group that it may be given."""
+    return "\n".join([USAGE, *(f"  {group}" for group in groups("config"))])
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -176,11 +176,17 @@ def _run_on_meta(config: Config, depth: int, grid: Grid, batch: int, kernels: Ma
     layers = config.size.depth.model_copy(update={config.model.name: depth})
     shallow = config.model_copy(update={"size": config.size.model_copy(update={"depth": layers})})
     model = model_on_meta(shallow).to(dtype)
+    most = peak(model, lambda: _step(model, config, grid, batch, dtype), kernels)
+    return sum(p.numel() for p in model.parameters()), most
+
+
+def peak(model: nn.Module, step: Callable[[], None], kernels: Mapping[str, str]) -> int:
+    """The most bytes of activations at once in ``step``, a forward and a backward of a model on the meta device."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
     with Live("meta", besides=model.parameters()) as live, _nothing_launched(kernels, live):
-        _step(model, config, grid, batch, dtype)
-    return sum(p.numel() for p in model.parameters()), live.peak
+        step()
+    return int(live.peak)
 
 
 def _drop(parameter: Tensor) -> None:

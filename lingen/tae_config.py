@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from lingen.config import RunConfig, frames_problems, side_problems
 from lingen.model_config import PathText, Section
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -61,3 +62,43 @@ class LossesConfig(Section):
     outlier_deviations: PositiveFloat = 3.0  # r of Movie Gen's eq. 1
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+
+
+class ExportConfig(Section):
+    """What is measured and shown when a stage is finished."""
+
+    samples: PositiveInt = 256  # of the stage, as it draws them: the mean and deviation of the latents are over these
+    shown: PositiveInt = 8  # held-out samples a bucket, beside their reconstruction
+
+
+class TaeRunConfig(RunConfig):
+    """A run of scripts/train_autoencoder.py: our own autoencoder."""
+
+    tae: TaeConfig
+    losses: LossesConfig = LossesConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _geometry(self) -> Self:
+        space = self.tae.space
+        for key, stage in self.stages.items():
+            if stage.timestep_shift is not None:
+                raise ValueError(f"stages.{key}.timestep_shift is of a diffusion; an autoencoder has no timesteps")
+            for bucket in stage.buckets:
+                problems = frames_problems(bucket.frames, self.tae.time, "tae.time")
+                for axis, size in (("height", bucket.height), ("width", bucket.width)):
+                    problems += side_problems(axis, size, space, "2 to the levels of tae.multipliers but one")
+                for problem in problems:
+                    raise ValueError(f"stages.{key}.buckets: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_that_serve(self) -> Self:
+        if self.engine.sequence_parallel > 1:
+            raise ValueError("engine.sequence_parallel shares out a backbone's heads, which an autoencoder has not")
+        if self.engine.zero_stage == 3:
+            raise ValueError(
+                "engine.zero_stage=3 gathers weights for whole backwards, and a discriminator's slopes are taken amid a "
+                "step; an autoencoder is small enough for engine=zero2"
+            )
+        return self

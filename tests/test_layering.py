@@ -27,8 +27,9 @@ ROWS = (
     ("lingen.checkpoint", "lingen.manifest", "lingen.saver", "lingen.shardfiles", "lingen.export", "lingen.metrics",
      "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.lineage", "lingen.latents", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory",
-     "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
+    ("lingen.begin", "lingen.diffusion", "lingen.lineage", "lingen.latents", "lingen.run", "lingen.records",
+     "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.tae_export",
+     "lingen.tae_task", "lingen.task", "lingen.tasks", "lingen.validation"),
     ("lingen.bench", "lingen.cluster", "lingen.comparison"),
     ("scripts", "slurm.launch", "train"),
 )

@@ -56,6 +56,10 @@ class Tae(nn.Module):
                 self.decoder.append(Upsample(out, time=times[level - 1]))
         self.decoder.append(Out(into, 3))
 
+    def recompute(self, yes: bool) -> None:
+        """Whether the backward computes activations again instead of keeping them."""
+        self.encoder.recompute = self.decoder.recompute = yes
+
     def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, F, H, W) in [-1, 1] -> the posterior's mean and log variance, each (B, C, T, h, w)."""
         mean, log_variance = self.encoder(pixels.transpose(1, 2)).transpose(1, 2).chunk(2, dim=1)

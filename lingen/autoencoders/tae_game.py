@@ -26,7 +26,7 @@ from lingen.autoencoders.tae_losses import (
 from lingen.tae_config import LossesConfig, TaeConfig
 
 AUTOENCODER = "autoencoder."  # what its parameters' names begin with
-TERMS = ("l1", "perceptual", "kl", "outlier", "adversarial", "discriminator")
+TERMS = ("l1", "squared", "perceptual", "kl", "outlier", "adversarial", "discriminator")
 
 
 class TaeGame(nn.Module):
@@ -62,7 +62,8 @@ class TaeGame(nn.Module):
         if plays:
             game, fooled, judged = self._play(pixels.to(dtype), decoded, seen)
             total = total + game - game.detach()
-        terms = (l1, looks, divergence, outliers, fooled, judged)
+        squared = (decoded.detach().float().clamp(-1, 1) - pixels).square().flatten(1).mean(1)
+        terms = (l1, squared, looks, divergence, outliers, fooled, judged)
         return torch.stack([total, *(term.detach() for term in terms)], dim=1)
 
     def _play(self, pixels: torch.Tensor, decoded: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, ...]:
