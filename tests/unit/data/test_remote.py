@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from data.decode import BadSample, probe
+from data.decode import BadSample
 from data.pipeline import StageLoader
-from data.remote import Source, Unreachable, is_remote, shown
+from data.remote import Source
 from data.shards import Index, LostShard, load_index, read_member
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
@@ -264,29 +263,6 @@ def test_a_full_disk_is_a_lost_shard(server: Server, tmp_path: Path, monkeypatch
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_commands(index: Index, mixed_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.remote.PAUSES", (0.01, 0.01))
-    spaced = tmp_path / "a folder; touch x"
-    spaced.mkdir()
-    for file in mixed_shards.iterdir():
-        (spaced / file.name).symlink_to(file)
-    base = f"pipe:cat {shlex.quote(str(spaced / '{}'))}"
-    far = shelved(load_index(base), tmp_path / "cache")
-    assert [read_member(far, n) for n in range(len(far))] == [read_member(index, n) for n in range(len(far))]
-    monkeypatch.setattr("data.remote.TIMEOUT_S", 0.3)
-    commands = {
-        "false {}": "code 1",
-        f"head -c 10 {shlex.quote(str(spaced / '{}'))}": "wrote 10 bytes",
-        "/no/such {}": "no such file",
-        f"{sys.executable} -c 'import time; time.sleep(60)' {{}}": "nothing came for",
-    }
-    for command, problem in commands.items():
-        assert far.shelf is not None
-        broken = replace(far.shelf, source=Source(f"pipe:{command}"), folder=tmp_path / "other")
-        with pytest.raises(Unreachable, match=problem):
-            broken.open(0)
-
-
 def test_shards_may_lie_elsewhere_than_their_index(server: Server, index: Index, tmp_path: Path) -> None:
     content = json.loads((index.path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**content, "root": f"{server.url}/?sig=secret"}))
@@ -299,37 +275,9 @@ def test_shards_may_lie_elsewhere_than_their_index(server: Server, index: Index,
     assert "secret" not in str(caught.value) and "503" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("base", "problem"),
-    [
-        ("s3://bucket/clips", "pip install s3fs"),
-        ("nowhere://bucket/clips", "nothing can read nowhere://"),
-        ("pipe:cat /a/b", "names no file"),
-        ("pipe:cat 'a {}", "cannot be split into words"),
-    ],
-)
-def test_bases_that_cannot_work(base: str, problem: str) -> None:
-    with pytest.raises(UserError, match=problem) as caught:
-        load_index(base)
-    assert "data.path=" in str(caught.value)
-
-
 def test_an_index_that_is_not_there(server: Server) -> None:
     with pytest.raises(UserError, match=r"data\.path=http://127.*/none.*there is no such file"):
         load_index(f"http://user:secret@{server.url.removeprefix('http://')}/none?sig=secret")
-
-
-def test_which_paths_are_bases_and_what_is_shown_of_them() -> None:
-    assert [is_remote(path) for path in ("a/b", "/a:b", "pipe:x {}", "https://h/x", "s3://b")] == [0, 0, 1, 1, 1]
-    assert shown("https://me:key@host:1/a?sig=x#y") == "https://host:1/a"
-    assert shown("pipe:curl -H token {}") == "pipe:curl ..."
-    assert Source("https://host/a/?sig=x").url("b c.tar") == "https://host/a/b%20c.tar?sig=x"
-
-
-def test_no_pickle_is_read() -> None:
-    """A member that is neither a picture nor a video is refused by its content."""
-    with pytest.raises(BadSample):
-        probe(b"\x80\x04\x95" + bytes(100))
 
 
 FETCH = """
