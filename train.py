@@ -22,11 +22,10 @@ groups:"""
 
 
 def usage() -> str:
-    """The usage, with the choices of every group of conf/."""
-    from lingen.compose import CONF_DIR
+    """The usage, with the choices of every group that it may be given."""
+    from lingen.compose import groups
 
-    groups = sorted(folder for folder in CONF_DIR.iterdir() if folder.is_dir() and folder.name != "cluster")
-    return "\n".join([USAGE, *(f"  {g.name}: {', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups)])
+    return "\n".join([USAGE, *(f"  {group}" for group in groups("config"))])
 
 
 def main() -> int:

@@ -30,7 +30,11 @@ def eligible(index: Index, bucket: Bucket, *, fps: float, data: DataConfig) -> I
 
     A clip shows its last frame (frames - 1) / rate seconds after its first one; a bucket needs (bucket.frames - 1) /
     fps of that. A bucket of one frame takes images, and videos only where ``data.video_frames_as_images`` says so.
+    Latents fill the bucket that they were made for.
     """
+    if index.latents is not None:
+        made = (index.frames == bucket.frames) & (index.height == bucket.height) & (index.width == bucket.width)
+        return np.flatnonzero(made & ((bucket.frames == 1) | (index.fps == fps))).astype(np.int64)
     still = index.frames == 1  # (N,)
     if bucket.frames == 1:
         fits = np.ones_like(still) if data.video_frames_as_images else still

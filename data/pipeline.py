@@ -11,14 +11,14 @@ Shapes: B samples of a micro-batch, F frames, H height, W width; M samples of a 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from data.batch import Batch, Bucket
 from data.buckets import (
@@ -31,12 +31,11 @@ from data.buckets import (
     starts,
     stream_seed,
 )
+from data.latents import refuse_other_buckets
 from data.shards import Index
-from data.workers import PADDING, Hole, Job, decode
+from data.workers import PADDING, Hole, Job, decode, sample_bytes
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import LocalError, UserError
-
-SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 
 
 @dataclass(frozen=True)
@@ -115,9 +114,10 @@ class StageLoader:
                     f"stage {stage.name}: bucket {bucket} has batch_size={bucket.batch_size}, which is not a multiple "
                     f"of {world} ranks * engine.grad_accumulation={grad_accumulation}"
                 )
+        refuse_other_buckets(index, [stage])
         train, _ = split(index, data.holdout_share)
         self._streams = [_Stream(index, bucket, train, stage, data, seed) for bucket in stage.buckets]
-        _check_shared_memory(stage, data, world * grad_accumulation)
+        _check_memory(index, stage, data, world * grad_accumulation)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         batches = decode(self.index, self.data, self._jobs())
@@ -208,8 +208,13 @@ class BucketCount(NamedTuple):
     holdout: int
 
 
-def check_buckets(index: Index, stages: Iterable[StageConfig], data: DataConfig) -> dict[str, dict[str, BucketCount]]:
-    """For each stage and each of its buckets, by name: how many samples there are to train and to validate on."""
+def check_buckets(index: Index, stages: Sequence[StageConfig], data: DataConfig) -> dict[str, dict[str, BucketCount]]:
+    """For each stage and each of its buckets, by name: how many samples there are to train and to validate on.
+
+    Raises:
+        UserError: the samples are latents, and a bucket is not one that they were made for.
+    """
+    refuse_other_buckets(index, stages)
     train, holdout = split(index, data.holdout_share)
     counts: dict[str, dict[str, BucketCount]] = {}
     for stage in stages:
@@ -260,16 +265,14 @@ def holdout_batches(
         yield batch
 
 
-def _check_shared_memory(stage: StageConfig, data: DataConfig, parts: int) -> None:
-    """Refuse what would end in a bus error: the workers' batches wait in shared memory, which containers keep small."""
-    if not data.workers or not SHARED_MEMORY.is_dir():
-        return
-    largest = max(b.batch_size // parts * 3 * b.frames * b.height * b.width for b in stage.buckets)
-    needed, free = largest * data.workers * data.prefetch, shutil.disk_usage(SHARED_MEMORY).free
+def _check_memory(index: Index, stage: StageConfig, data: DataConfig, parts: int) -> None:
+    """Refuse what would end in a killed process: the workers' batches wait in memory."""
+    largest = max(b.batch_size // parts * sample_bytes(index, shape_of(b)) for b in stage.buckets)
+    needed, free = largest * data.workers * data.prefetch, psutil.virtual_memory().available
     if needed > free:
         raise UserError(
             f"data.workers={data.workers} * data.prefetch={data.prefetch} micro-batches of {largest >> 20} MiB do not "
-            f"fit into {SHARED_MEMORY} ({free >> 20} MiB free): lower data.prefetch or data.workers (0 needs none)"
+            f"fit into memory ({free >> 20} MiB free): lower data.prefetch or data.workers"
         )
 
 

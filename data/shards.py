@@ -9,61 +9,30 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tarfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import webdataset
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from data.decode import BadSample, ClipInfo
+from data.decode import BadSample
+from data.index_file import INDEX, PARTIAL_INDEX, Columns, IndexFile, Latents, ShardEntry
+from data.remote import Source, Unreachable, is_remote, shown
+from data.shelf import DEFAULT_BYTES, Shelf, default_folder
+from data.writer import Record as Record
+from data.writer import ShardWriter
 from lingen.errors import UserError
-from lingen.files import rename, sync, write_file
+from lingen.files import write_file
 
-INDEX = "index.json"
+PLAN = "precompute.json"  # in a folder of latents: what is to be written there
 # Seconds before a read is tried again: a file server may be away for a moment.
 PAUSES = (0.1, 0.4, 1.6)
-PARTIAL_INDEX = "index.partial.json"  # what a run that was stopped had written until then
-
-Count = Annotated[int, Field(ge=1, lt=1 << 31)]
-Bytes = Annotated[int, Field(ge=1, lt=1 << 62)]  # ... and a Place together fit an int64
-Place = Annotated[int, Field(ge=0, lt=1 << 62)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class _ShardEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: str
-    bytes: int
-
-
-class _Columns(BaseModel):
-    """One list a column, one place a sample."""
-
-    model_config = ConfigDict(extra="forbid")
-    key: list[str] = []
-    caption: list[str] = []
-    frames: list[Count] = []
-    fps: list[Rate] = []
-    height: list[Count] = []
-    width: list[Count] = []
-    bytes: list[Bytes] = []
-    shard: list[Place] = []
-    offset: list[Place] = []
-    sha256: list[str] = []
-
-
-class _IndexFile(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    format: Literal["lingen-shards-1"] = "lingen-shards-1"
-    shards: list[_ShardEntry] = []
-    samples: _Columns = _Columns()
 
 
 class LostShard(UserError):
@@ -86,32 +55,31 @@ class Index:
     shard: npt.NDArray[np.int64]  # (N,) place in ``shards``
     offset: npt.NDArray[np.int64]  # (N,) of the media in its shard
     sha256: list[str]
+    begin: npt.NDArray[np.float64]  # (N,) a sample is the frames in [begin, end) seconds after the media's first one
+    end: npt.NDArray[np.float64]  # (N,) ... and 0 where it goes on to the media's own end
     fingerprint: str  # sha256 of the file index.json
+    root: Path  # where the shards lie: ``path``, unless others wrote them
+    latents: Latents | None = None  # how they were made, where the media are latents
+    home: Source | None = None  # where index.json is, if it is remote; ``path`` then says so in words
+    shelf: Shelf | None = None  # of the shards, if they are remote; ``root`` then says where in words
 
     def __len__(self) -> int:
         return len(self.key)
 
     @cached_property
     def shard_paths(self) -> list[Path]:
-        return [self.path / name for name in self.shards]
+        return [self.root / name for name in self.shards]
 
     @cached_property
     def key_hash(self) -> npt.NDArray[np.uint64]:
-        """(N,) the first eight bytes of each key's BLAKE2b; counted once, since ten million take seconds."""
-        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in self.key)
+        """(N,) the first eight bytes of the BLAKE2b of each key; counted once, since ten million take seconds.
+
+        Of a key that names a part of a video ("clip@0-5000ms") only what is before the @ counts, so that all parts of
+        a video lie on the same side of a split.
+        """
+        videos = (key.partition("@")[0] for key in self.key)
+        digests = b"".join(hashlib.blake2b(video.encode(), digest_size=8).digest() for video in videos)
         return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One sample to write. ``sidecar`` is the caption's suffix and bytes: ("txt", b"a red circle")."""
-
-    key: str
-    caption: str
-    media: bytes
-    suffix: str  # of the media, without a dot
-    info: ClipInfo
-    sidecar: tuple[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -124,46 +92,71 @@ class Summary:
 
 
 def load_index(path: str | Path) -> Index:
-    """Read DIR/index.json and check it against the shards beside it.
+    """Read PATH/index.json and check it against the shards beside it. PATH is a folder, or a base (``data.remote``).
 
     Raises:
-        UserError: the folder, the index or a shard is missing, damaged or empty, or a shard has another size.
+        UserError: the folder, the index or a shard is missing, damaged or empty, or a shard has another size (of remote
+            shards that is seen when they are fetched); a library for a base is missing.
     """
-    folder = Path(path)
+    home = Source(str(path)) if is_remote(path) else None
+    folder = Path(shown(str(path)) if home else path)
     file = folder / INDEX
-    if not file.is_file():
-        found = (
-            f"it holds {PARTIAL_INDEX}, a run that was stopped" if (folder / PARTIAL_INDEX).exists() else "no such file"
-        )
-        raise UserError(
-            f"data.path={path}: {file} is missing ({found}); write it with: "
-            f"python scripts/make_shards.py input=DIR output={path}"
-        )
-    content = file.read_bytes()
     try:
-        index = _IndexFile.model_validate_json(content)
+        content = home.read(INDEX) if home else _read_local(file)
+    except Unreachable as error:
+        raise UserError(f"data.path={shown(str(path))}: {error}") from error
+    try:
+        index = IndexFile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"data.path={path}: {file} is damaged ({where}: {first['msg']}); write the shards again"
+            f"data.path={folder}: {file} is damaged ({where}: {first['msg']}); write the shards again"
         ) from error
-    _check(folder, index)
     samples = index.samples
+    if not samples.begin and not samples.end:
+        samples.begin, samples.end = [0.0] * len(samples.key), [0.0] * len(samples.key)
+    base = index.root or (home.base if home else None)
+    source = Source(base) if base is not None and is_remote(base) else None
+    root = Path(shown(source.base) if source else base or folder)
+    _check(folder, None if source else root, index)
+    names, sizes = [shard.name for shard in index.shards], [shard.bytes for shard in index.shards]
+    fingerprint = hashlib.sha256(content).hexdigest()
     columns: dict[str, Any] = {name: getattr(samples, name) for name in type(samples).model_fields}
     for name in ("frames", "height", "width", "bytes", "shard", "offset"):
         columns[name] = np.array(columns[name], dtype=np.int64)
-    columns["fps"] = np.array(columns["fps"], dtype=np.float64)
+    for name in ("fps", "begin", "end"):
+        columns[name] = np.array(columns[name], dtype=np.float64)
     return Index(
         path=folder,
-        shards=[shard.name for shard in index.shards],
-        fingerprint=hashlib.sha256(content).hexdigest(),
+        root=root,
+        latents=index.latents,
+        home=home,
+        shelf=Shelf(source, names, sizes, fingerprint, default_folder(), DEFAULT_BYTES) if source else None,
+        shards=names,
+        fingerprint=fingerprint,
         **columns,
     )
 
 
-def _check(folder: Path, index: _IndexFile) -> None:
-    """The columns fit together, and every shard is there, whole."""
+def _read_local(file: Path) -> bytes:
+    """index.json; an error says how to write it."""
+    folder = file.parent
+    if not file.is_file():
+        if (folder / PLAN).exists():
+            raise UserError(f"data.path={folder}: its latents are not complete; run scripts/precompute.py as before")
+        found = (
+            f"it holds {PARTIAL_INDEX}, a run that was stopped" if (folder / PARTIAL_INDEX).exists() else "no such file"
+        )
+        raise UserError(
+            f"data.path={folder}: {file} is missing ({found}); write it with: "
+            f"python scripts/make_shards.py input=DIR output={folder}"
+        )
+    return file.read_bytes()
+
+
+def _check(folder: Path, root: Path | None, index: IndexFile) -> None:
+    """The columns fit together, and every shard is there, whole, below ``root`` (None: elsewhere)."""
     where, samples = f"data.path={folder}", index.samples
     count = len(samples.key)
     if any(len(getattr(samples, name)) != count for name in type(samples).model_fields):
@@ -171,9 +164,12 @@ def _check(folder: Path, index: _IndexFile) -> None:
     if not count:
         raise UserError(f"{where}: {INDEX} lists no sample; write the shards again from a folder with clips")
     for shard in index.shards:
-        file = folder / shard.name
-        if Path(shard.name).name != shard.name:
+        inside = PurePosixPath(shard.name)
+        if inside.is_absolute() or ".." in inside.parts:
             raise UserError(f"{where}: {INDEX} names the shard '{shard.name}', which is not inside the folder")
+        if root is None:
+            continue
+        file = root / shard.name
         if not file.is_file():
             raise UserError(f"{where}: the shard {file} is missing; copy it again or write the shards again")
         if file.stat().st_size != shard.bytes:
@@ -188,30 +184,52 @@ def _check(folder: Path, index: _IndexFile) -> None:
         raise UserError(f"{where}: {INDEX} is damaged (it places samples outside their shards); write the shards again")
     if ((np.array(samples.fps) > 0) != (np.array(samples.frames) > 1)).any():
         raise UserError(f"{where}: {INDEX} is damaged (it has videos without a rate); write the shards again")
+    begin, end = np.array(samples.begin), np.array(samples.end)
+    if ((end > 0) & (end <= begin)).any():
+        raise UserError(f"{where}: {INDEX} is damaged (it has samples that end before they begin); write them again")
 
 
 def read_member(index: Index, i: int, *, verify: bool = True) -> bytes:
     """The media of sample ``i``: one read at its offset, checked against its sha256 where ``verify``.
 
     Raises:
-        BadSample: the bytes are not those that were written.
+        BadSample: the bytes are not those that were written; of a remote shard, also after it was fetched once more.
         LostShard: there are no such bytes, also after some pauses.
     """
-    media = _read(index.shard_paths[index.shard[i]], int(index.bytes[i]), int(index.offset[i]))
+    media = _read(index, i)
     if verify and hashlib.sha256(media).hexdigest() != index.sha256[i]:
-        raise BadSample("wrong checksum")
+        if index.shelf is None or not index.shelf.forget(int(index.shard[i])):
+            raise BadSample("wrong checksum")
+        media = _read(index, i)
+        if hashlib.sha256(media).hexdigest() != index.sha256[i]:
+            raise BadSample("wrong checksum")
     return media
 
 
-def _read(path: Path, size: int, offset: int) -> bytes:
-    problem = ""
+def read_beside(index: Index, name: str) -> bytes:
+    """A small file that lies beside index.json.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return (index.path / name).read_bytes() if index.home is None else index.home.read(name)
+    except Unreachable as error:
+        raise OSError(str(error)) from error
+
+
+def _read(index: Index, i: int) -> bytes:
+    shard, size, offset = int(index.shard[i]), int(index.bytes[i]), int(index.offset[i])
+    path, problem = index.shard_paths[shard], ""
     for attempt, pause in enumerate((0.0, *PAUSES)):
         if attempt == 1:
             print(f"{path}: {problem}; trying again for {sum(PAUSES):.1f} s", file=sys.stderr, flush=True)
         time.sleep(pause)
         try:
-            with path.open("rb", buffering=0) as shard:
-                media = os.pread(shard.fileno(), size, offset)
+            with path.open("rb", buffering=0) if index.shelf is None else index.shelf.open(shard) as stream:
+                media = os.pread(stream.fileno(), size, offset)
+        except Unreachable as error:  # that took its own pauses
+            raise LostShard(f"shard cannot be read: {error}") from error
         except OSError as error:
             problem = error.strerror or str(error)
             continue
@@ -237,17 +255,40 @@ def write_shards(
     folder = Path(output)
     refuse_used(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(folder, samples_per_shard, shard_bytes)
+    writer, index = ShardWriter(folder), IndexFile()
     try:
         for record in records:
             writer.add(record)
-    except BaseException:
-        if writer.samples.key:
-            writer.finish(PARTIAL_INDEX)
+            if len(writer.pending.key) >= samples_per_shard or writer.media_bytes >= shard_bytes:
+                add_shard(index, writer.close())
+    except BaseException as error:
+        write_partial(folder, index, writer, whole=not isinstance(error, OSError))
         raise
-    if not writer.samples.key:
+    add_shard(index, writer.close())
+    if not index.samples.key:
         raise UserError(f"output={output}: there is no sample to write")
-    return writer.finish(INDEX)
+    write_file(folder / INDEX, index.to_json())
+    return Summary(len(index.samples.key), len(index.shards), sum(shard.bytes for shard in index.shards))
+
+
+def add_shard(index: IndexFile, written: tuple[ShardEntry, Columns] | None) -> None:
+    """Put what a writer closed behind the rest."""
+    if written is not None:
+        index.shards.append(written[0])
+        index.samples.extend(written[1])
+
+
+def write_partial(folder: Path, index: IndexFile, writer: ShardWriter, *, whole: bool) -> None:
+    """Keep what a run wrote that stops here: ``whole`` closes the shard under way, else it is dropped, and
+    index.partial.json lists the rest. A disk that is full may have no room for that either."""
+    with suppress(OSError):
+        try:
+            if whole:
+                add_shard(index, writer.close())
+        finally:
+            writer.drop()
+        if index.samples.key:
+            write_file(folder / PARTIAL_INDEX, index.to_json())
 
 
 def refuse_used(output: Path) -> None:
@@ -258,64 +299,3 @@ def refuse_used(output: Path) -> None:
         raise UserError(
             f"output={output} already holds shards; choose another folder, or remove this one to write it again"
         )
-
-
-class _Writer:
-    """The shard under way has the suffix .tmp; it gets its name when it is whole and on the disk."""
-
-    def __init__(self, folder: Path, samples_per_shard: int, shard_bytes: int) -> None:
-        self.folder, self.samples_per_shard, self.shard_bytes = folder, samples_per_shard, shard_bytes
-        self.shards: list[_ShardEntry] = []
-        self.samples = _Columns()
-        self.stream: BinaryIO | None = None
-        self.media_names: list[str] = []  # of the shard under way
-        self.media_bytes = 0
-
-    def add(self, record: Record) -> None:
-        if not record.key or "." in record.key:
-            raise ValueError(f"key '{record.key}' is empty or has a dot, where WebDataset would end it")
-        if self.stream is None:
-            self.stream = self._temporary().open("wb")
-            # PAX has no limit on names; a fixed time makes equal input give equal shards.
-            self.tar = webdataset.TarWriter(self.stream, encoder=False, mtime=0, format="PAX_FORMAT")
-        suffix, caption = record.sidecar
-        self.tar.write({"__key__": record.key, record.suffix: record.media, suffix: caption})
-        self.media_names.append(f"{record.key}.{record.suffix}")
-        self.media_bytes += len(record.media)
-        row = {
-            "key": record.key,
-            "caption": record.caption,
-            **asdict(record.info),
-            "bytes": len(record.media),
-            "shard": len(self.shards),
-            "sha256": hashlib.sha256(record.media).hexdigest(),
-        }
-        for name, value in row.items():
-            getattr(self.samples, name).append(value)
-        if len(self.media_names) == self.samples_per_shard or self.media_bytes >= self.shard_bytes:
-            self.close_shard()
-
-    def close_shard(self) -> None:
-        if self.stream is None:
-            return
-        self.tar.close()
-        sync(self.stream)
-        self.stream.close()
-        self.stream = None
-        path = self._temporary()
-        with tarfile.open(path) as tar:
-            offsets = {member.name: member.offset_data for member in tar}
-        self.samples.offset.extend(offsets[name] for name in self.media_names)
-        self.media_names, self.media_bytes = [], 0
-        name = path.name.removesuffix(".tmp")
-        self.shards.append(_ShardEntry(name=name, bytes=path.stat().st_size))
-        rename(path, self.folder / name)
-
-    def finish(self, name: str) -> Summary:
-        self.close_shard()
-        index = _IndexFile(shards=self.shards, samples=self.samples)
-        write_file(self.folder / name, index.model_dump_json().encode())
-        return Summary(len(self.samples.key), len(self.shards), sum(shard.bytes for shard in self.shards))
-
-    def _temporary(self) -> Path:
-        return self.folder / f"shard-{len(self.shards):06d}.tar.tmp"

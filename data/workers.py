@@ -6,23 +6,26 @@ Shapes: B samples of a micro-batch, F frames, H height, W width.
 from __future__ import annotations
 
 import atexit
-import signal
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakSet
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from data.batch import Batch, Bucket
+from data.batch import Batch, Bucket, States
 from data.buckets import Floats, Ints
-from data.decode import BadSample, decode_clip
+from data.decode import decode_clip
+from data.keeper import Keeper, Memory, Outcome, WorkerError, make
+from data.latents import Layout, read_latents
 from data.shards import Index, LostShard, read_member
+from data.shelf import ReadAhead, Shelf
 from lingen.config import DataConfig
+from lingen.errors import UserError
 
 GREY = 128  # pixels of a hole
-# Slurm and Ctrl-C send these to every process of a job; the workers must outlive the step that is saved.
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PADDING = -1  # in the place of a row: a hole that fills up a batch
 
 
@@ -51,68 +54,178 @@ _under_way: WeakSet[Batches] = WeakSet()
 
 
 def decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Iterator[tuple[Batch, list[Hole]]]:
-    """The jobs' batches, in the order of the jobs, from ``data.workers`` processes. They end with the iterator."""
-    batches = _decode(index, data, jobs)
+    """The jobs' batches, in the order of the jobs, from ``data.workers`` processes. They end with the iterator.
+
+    Without workers a decoder that crashes ends this process.
+
+    Raises:
+        UserError: the shards are remote, and ``data.cache_gb`` is less than two windows of them.
+    """
+    if index.shelf:
+        shelf = index.shelf.moved(data.cache_dir, data.cache_gb, data.window_shards)
+        batches = _reading_ahead(replace(index, shelf=shelf), shelf, data, jobs)
+    else:
+        batches = _decode(index, data, jobs)
     _under_way.add(batches)
     return batches
 
 
 @atexit.register
 def _end_workers() -> None:
-    """What a crash's traceback still holds: multiprocessing would wait for ever for workers that ignore its SIGTERM."""
+    """What a crash's traceback still holds: multiprocessing would wait for ever for those that ignore its SIGTERM."""
     for batches in list(_under_way):
         batches.close()
 
 
 def _decode(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
-    loader = DataLoader(
-        _Decoder(index, data.verify_checksums),
-        batch_size=None,
-        sampler=jobs,
-        num_workers=data.workers,
-        prefetch_factor=data.prefetch if data.workers else None,
-        worker_init_fn=_start_worker,
-    )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # until each worker ignores them
+    return _with_workers(index, data, jobs) if data.workers else _without_workers(index, data, jobs)
+
+
+def _reading_ahead(index: Index, shelf: Shelf, data: DataConfig, jobs: Iterator[Job]) -> Batches:
+    """While a window's shards are read, the next window's are fetched; more where buckets are in windows of their own,
+    and the cache has room."""
+    ahead, window = ReadAhead(shelf), data.window_shards
+    distance = max(2 * window, min(4 * window, shelf.room * 3 // 4))
     try:
-        batches = iter(loader)  # starts the workers
+        yield from _decode(index, data, ahead.before(jobs, partial(_shards, index), distance))
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    yield from batches
+        ahead.close()
 
 
-class _Decoder(Dataset[tuple[Batch, list[Hole]]]):
-    def __init__(self, index: Index, verify: bool) -> None:
-        self.index, self.verify = index, verify
+def _shards(index: Index, job: Job) -> set[int]:
+    """Those that a job's samples are in."""
+    return {int(n) for n in index.shard[job.rows[job.rows != PADDING]]}
 
-    def __getitem__(self, job: Job) -> tuple[Batch, list[Hole]]:
-        count, shape = len(job.rows), job.bucket
-        pixels = torch.full((count, 3, shape.frames, shape.height, shape.width), GREY, dtype=torch.uint8)
-        valid = torch.zeros(count, dtype=torch.bool)
-        captions, holes = [""] * count, []
-        keys = [self.index.key[row] if row != PADDING else "" for row in job.rows]
-        for n, row in enumerate(job.rows):
-            if row == PADDING:
-                continue
+
+def _without_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
+    work = partial(_work_on(index), index, data)
+    for job in jobs:
+        memory = torch.empty(_bytes(index, job), dtype=torch.uint8)
+        outcomes: dict[int, Outcome] = {}
+        lost = None
+        for n in _places(job):
+            outcome = make(work, job, n, memory)
+            if isinstance(outcome, LostShard):
+                lost = outcome
+                break
+            if isinstance(outcome, UserError | WorkerError):
+                raise outcome
+            outcomes[n] = outcome
+        yield _batch(index, job, memory, lost or outcomes)
+
+
+def _with_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
+    """Job n goes to keeper n modulo their number; each has ``data.prefetch`` jobs ahead."""
+    keepers = [Keeper(partial(_work_on(index), index, data), data.worker_memory_mb) for _ in range(data.workers)]
+    waiting: deque[tuple[Keeper[Job], Job, Memory]] = deque()
+
+    def send(keeper: Keeper[Job], job: Job) -> None:
+        memory = Memory(_bytes(index, job))
+        waiting.append((keeper, job, memory))
+        keeper.send(job, _places(job), memory)
+
+    try:
+        for keeper, job in zip(keepers * data.prefetch, jobs, strict=False):
+            send(keeper, job)
+        while waiting:
+            keeper, job, memory = waiting[0]
+            outcomes: dict[int, Outcome] | LostShard
             try:
-                pixels[n] = self._clip(int(row), job, float(job.starts[n]))  # (3, F, H, W)
-            except BadSample as bad:
-                holes.append(Hole(keys[n], bad.reason, bad.detail))
-                continue
+                outcomes = keeper.receive()
             except LostShard as error:
-                valid[:] = False
-                return Batch(shape, pixels, captions, keys, valid, torch.from_numpy(job.positions), str(error)), []
-            captions[n], valid[n] = self.index.caption[row], True
-        return Batch(shape, pixels, captions, keys, valid, torch.from_numpy(job.positions)), holes
+                outcomes = error
+            waiting.popleft()
+            following = next(jobs, None)
+            if following is not None:
+                send(keeper, following)
+            filled = memory.tensor()
+            memory.close()
+            yield _batch(index, job, filled, outcomes)
+    finally:
+        for keeper in keepers:
+            keeper.close()
+        for _, _, memory in waiting:
+            memory.close()
 
-    def _clip(self, row: int, job: Job, start: float) -> torch.Tensor:
-        media = read_member(self.index, row, verify=self.verify)
-        shape = job.bucket
-        return decode_clip(media, frames=shape.frames, height=shape.height, width=shape.width, fps=job.fps, start=start)
+
+def _places(job: Job) -> list[int]:
+    """The samples to make."""
+    return [int(n) for n in np.flatnonzero(job.rows != PADDING)]
 
 
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    for number in JOB_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+def _bytes(index: Index, job: Job) -> int:
+    """Of a job's samples."""
+    return len(job.rows) * sample_bytes(index, job.bucket)
+
+
+def sample_bytes(index: Index, shape: Bucket) -> int:
+    """What one sample takes in memory."""
+    return Layout(index.latents, shape).bytes if index.latents else 3 * shape.frames * shape.height * shape.width
+
+
+def _work_on(index: Index) -> Callable[[Index, DataConfig, Job, int, torch.Tensor], None]:
+    """How to make a sample."""
+    return _read_sample if index.latents else _decode_sample
+
+
+def _read_sample(index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor) -> None:
+    """As ``_decode_sample``, from latents."""
+    latents, tokens = read_latents(index, int(job.rows[n]), verify=data.verify_checksums)
+    assert index.latents is not None
+    Layout(index.latents, job.bucket).fill(memory, n, latents, tokens)
+
+
+def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: torch.Tensor) -> None:
+    """Fill in the n-th of the job's samples. ``pixels`` has ``_bytes(index, job)`` of them.
+
+    Raises:
+        BadSample: it cannot be used.
+        LostShard: its shard cannot be read.
+    """
+    row, shape = int(job.rows[n]), job.bucket
+    clip = decode_clip(
+        read_member(index, row, verify=data.verify_checksums),
+        frames=shape.frames,
+        height=shape.height,
+        width=shape.width,
+        fps=job.fps,
+        start=float(job.starts[n]),
+        begin=float(index.begin[row]),
+        end=float(index.end[row]),
+        decoder=data.decoder,
+    )
+    pixels.view(len(job.rows), *clip.shape)[n] = clip
+
+
+def _batch(
+    index: Index, job: Job, memory: torch.Tensor, outcomes: dict[int, Outcome] | LostShard
+) -> tuple[Batch, list[Hole]]:
+    """The batch, with its holes greyed; ``outcomes`` may be the error that lost all of it."""
+    count = len(job.rows)
+    keys = [index.key[row] if row != PADDING else "" for row in job.rows]
+    captions, holes = [""] * count, []
+    valid, positions = torch.zeros(count, dtype=torch.bool), torch.from_numpy(job.positions)
+    lost = str(outcomes) if isinstance(outcomes, LostShard) else None
+    for n, outcome in {} if isinstance(outcomes, LostShard) else outcomes.items():
+        if outcome is None:
+            captions[n], valid[n] = index.caption[job.rows[n]], True
+        else:
+            holes.append(Hole(keys[n], outcome.reason, outcome.detail))
+    pixels, latents, states = _content(index, job, memory, valid)
+    return Batch(job.bucket, pixels, captions, keys, valid, positions, lost, latents, states), holes
+
+
+def _content(
+    index: Index, job: Job, memory: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, States | None]:
+    """The pixels, the latents and the states of a batch, in its memory; holes are emptied."""
+    count, shape = len(job.rows), job.bucket
+    if index.latents is None:
+        pixels = memory.view(count, 3, shape.frames, shape.height, shape.width)
+        pixels[~valid] = GREY
+        return pixels, None, None
+    layout = Layout(index.latents, shape)
+    for n in torch.nonzero(~valid).flatten().tolist():
+        layout.clear(memory, n)
+    none = torch.empty(count, 3, 0, shape.height, shape.width, dtype=torch.uint8)
+    return none, *layout.read(memory)

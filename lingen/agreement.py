@@ -15,27 +15,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lingen.config import Config
+from lingen.config import RunConfig
 from lingen.dist import Dist
 from lingen.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("train.py", "lingen/**/*.py", "data/**/*.py")
+SOURCES = ("train.py", "scripts/train_autoencoder.py", "lingen/**/*.py", "data/**/*.py")
 PACKAGES = ("torch", "deepspeed", "numpy")
 MISSING = "missing"
 NAMED = 4  # so many ranks, and so many differences, are named; the others are counted
 Table = dict[str, str]  # what is compared: its name and its value
 
 
-def refuse_disagreement(config: Config, index_fingerprint: str, autoencoder_fingerprint: str, dist: Dist) -> None:
-    """Return where all ranks have the same code, configuration, data index and autoencoder. Collective.
+def refuse_disagreement(config: RunConfig, index_fingerprint: str, frozen: Mapping[str, str], dist: Dist) -> None:
+    """Return where all ranks have the same code, configuration, data index and frozen networks. Collective.
+
+    ``frozen``: their fingerprints, by the part of the configuration that they are of, such as "autoencoder".
 
     Digests are compared first; only where they differ do rank 0 and the first of the others show what is behind.
 
     Raises:
         UserError: some rank differs from rank 0; on all ranks, with those ranks, their hosts and what differs.
     """
-    tables = dist.together(lambda: tables_of(config, index_fingerprint, autoencoder_fingerprint))
+    tables = dist.together(lambda: tables_of(config, index_fingerprint, frozen))
     digests = {kind: hashlib.sha256(json.dumps(table).encode()).hexdigest() for kind, table in tables.items()}
     everyone = dist.gather({"host": socket.gethostname(), **digests})
     others = {kind: [rank for rank, one in enumerate(everyone) if one[kind] != everyone[0][kind]] for kind in tables}
@@ -52,7 +54,7 @@ def refuse_disagreement(config: Config, index_fingerprint: str, autoencoder_fing
     raise UserError(f"{'; '.join(problems)}; start all ranks from one checkout, environment, data and autoencoder")
 
 
-def tables_of(config: Config, index_fingerprint: str, autoencoder_fingerprint: str) -> dict[str, Table]:
+def tables_of(config: RunConfig, index_fingerprint: str, frozen: Mapping[str, str]) -> dict[str, Table]:
     """What this rank is about to run, by kind.
 
     Raises:
@@ -62,8 +64,7 @@ def tables_of(config: Config, index_fingerprint: str, autoencoder_fingerprint: s
         "code": code(),
         "configuration": flat(config.model_dump(mode="json")),
         "data index": {"the fingerprint of data.path": index_fingerprint[:12]},
-        "autoencoder": {"the fingerprint of autoencoder.path": autoencoder_fingerprint[:12]},
-    }
+    } | {what: {f"the fingerprint of {what}.path": found[:12]} for what, found in frozen.items()}
 
 
 def code() -> Table:

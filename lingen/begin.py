@@ -12,15 +12,13 @@ from typing import Any
 import torch
 
 from data.pipeline import Position, StageLoader
-from data.shards import Index, load_index
+from data.shards import Index
 from lingen import checkpoint
-from lingen.autoencoder import Autoencoder, load_autoencoder
 from lingen.checkpoint import RESUME, Checkpoint
-from lingen.config import Config, StageConfig
-from lingen.curriculum import Progress
+from lingen.config import RunConfig, StageConfig
+from lingen.curriculum import AnyRun, Progress
 from lingen.dist import Dist
 from lingen.ema import Ema
-from lingen.engine import DTYPES, make_engine
 from lingen.errors import UserError
 from lingen.export import newest_folder
 from lingen.guard import Guard
@@ -32,11 +30,9 @@ from lingen.lineage import (
     refuse_reopening,
 )
 from lingen.manifest import read_manifest, step_of
-from lingen.models import make_model
-from lingen.models.parallel import SequenceGroup, parallelise
 from lingen.runfolder import architecture, run_folder, stage_folder
-from lingen.step import Networks
-from lingen.text import TextEncoder, load_text_encoder
+from lingen.step import Trainee
+from lingen.task import Inputs
 
 
 @dataclass(frozen=True)
@@ -55,20 +51,11 @@ class Start:
         return progress if self.resume else progress.enter_stage()
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What stands before the model, in every stage: the clips and the two frozen networks that read them."""
-
-    index: Index
-    autoencoder: Autoencoder
-    text: TextEncoder
-
-
 @dataclass
 class StageState:
     """What the steps of a stage change."""
 
-    networks: Networks
+    networks: Trainee
     ema: Ema
     loader: StageLoader
     guard: Guard
@@ -79,18 +66,7 @@ class StageState:
     refusal: str = ""  # why a step was left out the last time
 
 
-def load_inputs(config: Config, dist: Dist) -> Inputs:
-    """Raises:
-    UserError: the shards, the autoencoder or the text encoder are not there, or not what the configuration says.
-    """
-    return Inputs(
-        load_index(config.data.path),
-        load_autoencoder(config.autoencoder, dist.device),
-        load_text_encoder(config.text, dist.device),
-    )
-
-
-def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageConfig], Start]:
+def find_start(config: RunConfig, inputs: Inputs, dist: Dist) -> tuple[list[StageConfig], Start]:
     """(the stages still to do, where the first of them begins). Rerunning a command resumes. Collective.
 
     The last stage that has a checkpoint decides; those before it may be gone.
@@ -116,7 +92,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
         start = Start(open_init(config, dist), resume=False)
     if start.checkpoint is not None:
         checkpoint.refuse_other_architecture(start.checkpoint, architecture(config))
-        refuse_other_encoders(start.checkpoint, inputs.autoencoder.fingerprint)
+        inputs.refuse_others(start.checkpoint)
         if start.resume:
             refuse_other_data(start.checkpoint, remaining[0], config.data.path, inputs.index)
     if remaining:
@@ -124,7 +100,7 @@ def find_start(config: Config, inputs: Inputs, dist: Dist) -> tuple[list[StageCo
     return remaining, start
 
 
-def open_init(config: Config, dist: Dist) -> Checkpoint | None:
+def open_init(config: RunConfig, dist: Dist) -> Checkpoint | None:
     """The checkpoint that ``init_from`` names, or None where it names none. Collective.
 
     Raises:
@@ -140,7 +116,7 @@ def open_init(config: Config, dist: Dist) -> Checkpoint | None:
     return there
 
 
-def back_at(config: Config, stage: StageConfig, start: Start, step: int, dist: Dist) -> Start:
+def back_at(config: RunConfig, stage: StageConfig, start: Start, step: int, dist: Dist) -> Start:
     """The stage's newest regular checkpoint up to ``step``, or its beginning; what is later is removed. Collective.
 
     Not one that a signal left: where a run goes back to must not depend on signals.
@@ -173,7 +149,7 @@ def beginning(start: Start, dist: Dist) -> Start:
     return Start(checkpoint.open_checkpoint(Path(origin), dist) if origin else None, resume=False)
 
 
-def unfinished(config: Config, dist: Dist) -> Config:
+def unfinished(config: AnyRun, dist: Dist) -> AnyRun:
     """``config`` without the stages that need no more training, judged by the manifests alone. Collective."""
 
     def remaining_here() -> list[str]:
@@ -189,7 +165,7 @@ def unfinished(config: Config, dist: Dist) -> Config:
 
 
 def begin_stage(
-    config: Config, stage: StageConfig, start: Start, inputs: Inputs, dist: Dist, *, past: Position | None = None
+    config: RunConfig, stage: StageConfig, start: Start, inputs: Inputs, dist: Dist, *, past: Position | None = None
 ) -> StageState:
     """Build the model in its engine, fill both from ``start``, and open the data at the right place. Collective.
 
@@ -198,14 +174,12 @@ def begin_stage(
     gc.collect()  # DeepSpeed's engine of the stage before sits in reference cycles
     torch.manual_seed(config.seed)
     there = start.checkpoint
-    model = make_model(config, text_dim=inputs.text.dim)
-    parallelise(model, SequenceGroup(dist.sequence_group, dist.sequence_rank, dist.sequence))
-    engine = make_engine(model, config.engine, config.optim, dist)
-    ema = Ema(engine.fragments(), config.ema)
+    networks = inputs.build(dist)
+    ema = Ema(networks.engine.fragments(), config.ema)
     lineage: list[dict[str, Any]] = []
     if there is not None:
         carry = RESUME if start.resume else stage.carry
-        checkpoint.load(there, engine, ema, carry=carry, architecture=architecture(config), dist=dist)
+        checkpoint.load(there, networks.engine, ema, carry=carry, architecture=architecture(config), dist=dist)
         lineage = there.progress["lineage"]
     if not start.resume:
         lineage = [*lineage, lineage_entry(stage, there, start.progress)]
@@ -226,7 +200,7 @@ def begin_stage(
     if past is not None:
         guard.in_a_row = 0
     return StageState(
-        Networks(engine, model, inputs.autoencoder, inputs.text, dist.device, DTYPES[config.engine.dtype]),
+        networks,
         ema,
         loader,
         guard,
@@ -243,7 +217,7 @@ def position_of(start: Start) -> Position:
     return Position.from_dict(there.progress["position"]) if there and start.resume else Position()
 
 
-def bad_log(config: Config, dist: Dist) -> Path | None:
+def bad_log(config: RunConfig, dist: Dist) -> Path | None:
     """Where broken samples are named: once, by the first of the ranks that share them."""
     return run_folder(config) / "bad_samples.jsonl" if dist.sequence_rank == 0 else None
 
@@ -263,18 +237,4 @@ def refuse_other_data(there: Checkpoint, stage: StageConfig, path: str, index: I
         raise UserError(
             f"data.path={path} does not hold the samples that {there.folder} was trained on (fingerprint "
             f"{index.fingerprint[:12]}, not {before[:12]}); restore them, or begin a new run"
-        )
-
-
-def refuse_other_encoders(there: Checkpoint, fingerprint: str) -> None:
-    """Weights are worth nothing in another latent space.
-
-    Raises:
-        UserError: the autoencoder is not the one that the checkpoint was trained with.
-    """
-    before = there.progress["autoencoder_fingerprint"]
-    if before != fingerprint:
-        raise UserError(
-            f"autoencoder.path holds another autoencoder (fingerprint {fingerprint[:12]}) than {there.folder} was "
-            f"trained with ({before[:12]}); name that one"
         )

@@ -26,7 +26,12 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def compose(overrides: list[str]) -> Config:
-    """Compose ``conf/`` with Hydra's overrides and validate the result.
+    """A run of train.py; see ``compose_run``."""
+    return compose_run(Config, "config", overrides)
+
+
+def compose_run(schema: type[Schema], primary: str, overrides: list[str]) -> Schema:
+    """Compose ``conf/PRIMARY.yaml`` with Hydra's overrides and validate the result.
 
     ``stage=NAME`` replaces the curriculum by that one stage, whose keys are then ``stage.KEY``.
 
@@ -35,13 +40,13 @@ def compose(overrides: list[str]) -> Config:
     """
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            composed = hydra_compose("config", [_forced(word) for word in overrides])
+            composed = hydra_compose(primary, [_forced(schema, word) for word in overrides])
         tree = _tree(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
     except (ValueError, TypeError, KeyError, IndexError) as error:  # Hydra's own checks miss some words
         raise UserError(f"one of {' '.join(overrides)} cannot be applied: {error}") from error
-    return validate(Config, _with_stages(tree, overrides))
+    return validate(schema, _with_stages(tree, overrides))
 
 
 def compose_file(schema: type[Schema], group: str, choice: str, words: list[str]) -> Schema:
@@ -71,6 +76,13 @@ def compose_file(schema: type[Schema], group: str, choice: str, words: list[str]
     except (yaml.YAMLError, ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(f"one of {' '.join(words)} cannot be applied: {error}") from error
     return validate(schema, tree)
+
+
+def groups(primary: str) -> list[str]:
+    """The groups of conf/ that conf/PRIMARY.yaml chooses from, each with its choices: "engine: cpu, zero0, ..."."""
+    defaults = yaml.safe_load((CONF_DIR / f"{primary}.yaml").read_text())["defaults"]
+    names = [name for entry in defaults if isinstance(entry, dict) for name in entry]
+    return [f"{n}: {', '.join(sorted(f.stem for f in (CONF_DIR / n).glob('*.yaml')))}" for n in sorted(names)]
 
 
 def _with_stages(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def validate(schema: type[Schema], tree: Any) -> Schema:
         raise UserError("; ".join(_describe(schema, e) for e in error.errors())) from error
 
 
-def _forced(override: str) -> str:
+def _forced(schema: type[BaseModel], override: str) -> str:
     """Let a value be set whether or not a YAML file mentions it: the schema, not Hydra, knows which keys exist.
 
     A value that the schema wants as text is quoted, so that it may hold any character (a path with an umlaut, say).
@@ -132,7 +144,7 @@ def _forced(override: str) -> str:
         if value not in choices and not (value == "null" and key in OPTIONAL):
             raise UserError(f"{override} does not exist in conf/{key}{nearest(value, choices)}")
         return override
-    annotation = _annotation_at(Config, tuple(key.split(".")))
+    annotation = _annotation_at(schema, tuple(key.split(".")))
     is_text = annotation is str or _is_optional_text(annotation, value)
     if is_text and not value.startswith(("'", '"')):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")

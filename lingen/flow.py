@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,19 @@ def draw(
         noises.append(torch.randn(latent_shape, generator=large, device=device))
     sigma = shift_sigma(torch.stack(sigmas).to(device), shift)
     return Noised(sigma, torch.stack(noises), drops)
+
+
+def draw_left_out(
+    positions: Sequence[int], dropout: Mapping[str, float], *, seed: int, samples_seen: int
+) -> list[set[str]]:
+    """For each sample at ``positions`` the text encoders whose tokens it trains without: one draw an encoder, which
+    depends neither on the other encoders nor on what ``draw`` draws."""
+
+    def share(position: int, encoder: str) -> float:
+        own = generator("cpu", "encoder", encoder, seed, samples_seen, position)
+        return float(torch.rand((), generator=own))
+
+    return [{name for name, most in dropout.items() if most and share(at, name) < most} for at in positions]
 
 
 def interpolate(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

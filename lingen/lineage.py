@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lingen.checkpoint import Checkpoint
-from lingen.config import Config, StageConfig
+from lingen.config import RunConfig, StageConfig
 from lingen.curriculum import Progress
 from lingen.errors import UserError
 from lingen.export import newest_folder
@@ -38,7 +38,7 @@ def refuse_other_stage(stage: StageConfig, there: Checkpoint) -> None:
         )
 
 
-def refuse_other_lineage(config: Config, before: list[StageConfig], there: Checkpoint) -> None:
+def refuse_other_lineage(config: RunConfig, before: list[StageConfig], there: Checkpoint) -> None:
     """A stage goes on only from what it began with. What it began with may be gone, but not be another.
 
     Raises:
@@ -57,7 +57,7 @@ def refuse_other_lineage(config: Config, before: list[StageConfig], there: Check
     )
 
 
-def possible_sources(config: Config, before: list[StageConfig]) -> list[Path]:
+def possible_sources(config: RunConfig, before: list[StageConfig]) -> list[Path]:
     """What a stage may have begun with: the final checkpoint of the stage before, or those that ``init_from`` names."""
     if before:
         newest = newest_folder(stage_folder(config, before[-1].name))
@@ -81,7 +81,7 @@ def refuse_reopening(stage: StageConfig, there: Checkpoint) -> None:
         )
 
 
-def refuse_cutting_off(config: Config, there: Checkpoint | None, step: int) -> None:
+def refuse_cutting_off(config: RunConfig, there: Checkpoint | None, step: int) -> None:
     """metrics.jsonl holds one line of steps, and a start, at ``there`` and ``step``, drops those after its own.
 
     Raises:

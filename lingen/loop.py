@@ -11,7 +11,6 @@ import sys
 import time
 from contextlib import suppress
 from enum import Enum
-from math import prod
 from pathlib import Path
 
 import torch
@@ -22,24 +21,20 @@ from data.shards import load_index
 from lingen import checkpoint
 from lingen.agreement import refuse_disagreement
 from lingen.begin import (
-    Inputs,
     StageState,
     Start,
     back_at,
     begin_stage,
     find_start,
     got_on,
-    load_inputs,
     open_init,
     unfinished,
 )
-from lingen.config import Config, StageConfig, token_grid
+from lingen.config import RunConfig, StageConfig
 from lingen.curriculum import TRAIN_FLOPS, bucket_named, is_complete, learning_rate, up_to
 from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
-from lingen.engine import DTYPES, choose_forms
 from lingen.errors import UserError
 from lingen.export import export_finished
-from lingen.flow import bucket_shift
 from lingen.lease import Lease
 from lingen.plan import make_plan, print_plan, refuse_impossible, refuse_too_large
 from lingen.records import counters, due, log_refused, log_return, log_transfer, log_validation, make_up
@@ -47,6 +42,8 @@ from lingen.run import Run, finish_save, open_records, save, save_final
 from lingen.runfolder import refuse_other_experiment, run_folder
 from lingen.saver import Saver
 from lingen.step import StepResult, train_step
+from lingen.task import Inputs
+from lingen.tasks import task_of
 from lingen.watchdog import Watchdog
 
 ENOUGH_READ = 100  # samples, before the share of bad ones says anything
@@ -60,7 +57,7 @@ class Ended(Enum):
     REFUSED = "too many steps were refused in a row"
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: RunConfig) -> int:
     """Print the plan of every stage; build nothing, write nothing. ``engine.device=cuda`` needs no GPU for that."""
     config = up_to(config)
     alone, place = Dist(0, 1, 0, torch.device("cpu")), find_place(os.environ)
@@ -73,7 +70,7 @@ def dry_run(config: Config) -> int:
     return 0
 
 
-def train(config: Config, stop: StopSignal) -> int:
+def train(config: RunConfig, stop: StopSignal) -> int:
     """Train every stage that is not finished yet. Returns 0, or ``EXIT_PREEMPTED`` after a signal and its save.
 
     Raises:
@@ -98,15 +95,16 @@ def train(config: Config, stop: StopSignal) -> int:
     return code
 
 
-def prepare(config: Config, dist: Dist) -> Inputs:
+def prepare(config: RunConfig, dist: Dist) -> Inputs:
     """Read what the run will see, and refuse what cannot work. Nothing is written, and no model built.
 
     Raises:
         UserError: on all ranks.
     """
-    dist.together(lambda: choose_forms(config.kernels.model_dump(), dist.device, DTYPES[config.engine.dtype]))
-    inputs = dist.together(lambda: load_inputs(config, dist))
-    refuse_disagreement(config, inputs.index.fingerprint, inputs.autoencoder.fingerprint, dist)
+    task = task_of(config)
+    dist.together(lambda: task.choose_forms(dist.device))
+    inputs = dist.together(lambda: task.load_inputs(dist))
+    refuse_disagreement(config, inputs.index.fingerprint, inputs.frozen(), dist)
     todo = unfinished(config, dist)
     plan = make_plan(todo, inputs.index, world=dist.world, device=dist.device.type)
     refuse_impossible(todo, plan, dist.data_world)
@@ -118,22 +116,23 @@ def prepare(config: Config, dist: Dist) -> Inputs:
 
 
 def train_alone(
-    config: Config, inputs: Inputs, dist: Dist, stop: StopSignal, watchdog: Watchdog, lease: Lease | None
+    config: RunConfig, inputs: Inputs, dist: Dist, stop: StopSignal, watchdog: Watchdog, lease: Lease | None
 ) -> int:
     """``train``, as the run folder's one writer; ``lease`` is rank 0's."""
     dist.together(lambda: refuse_other_experiment(config))  # again: another may have written before it let go
     watchdog.beat("checking the newest checkpoint")
     stages, start = find_start(config, inputs, dist)
     watchdog.beat("exporting what is finished")
-    export_finished(config, dist)
+    export_finished(config, dist, inputs.export)
     if not stages:
         if dist.rank == 0:
             print(f"{run_folder(config)} is finished: every stage has its final checkpoint")
         return 0
-    metrics = dist.together(lambda: open_records(config, stages, start, dist))
+    task = task_of(config)
+    metrics = dist.together(lambda: open_records(config, task, inputs, stages, start, dist))
     saver = Saver(dist, writers=config.checkpoint.writers, may_publish=lease.check if lease else lambda: None)
     try:
-        return train_stages(Run(config, dist, inputs, metrics, saver, stop, watchdog), stages, start)
+        return train_stages(Run(config, task, dist, inputs, metrics, saver, stop, watchdog), stages, start)
     finally:
         saver.close()
         metrics.close()
@@ -252,17 +251,14 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
     """One optimizer step, the weight average, the counters and the records."""
     config, began = run.config, time.perf_counter()
     bucket = bucket_named(stage, str(batches[0].bucket))
-    grid = token_grid(config, bucket.frames, bucket.height, bucket.width)
-    tokens = prod(grid)
+    tokens = run.task.tokens(bucket)
     lr = learning_rate(stage, state.progress.stage_samples)
     result = train_step(
         state.networks,
         batches,
         lr=lr,
-        seed=config.seed,
+        stage=stage,
         samples_seen=state.progress.samples,
-        shift=stage.timestep_shift or bucket_shift(tokens, config.flow),
-        flow=config.flow,
         dist=run.dist,
         votes=lambda: [float(run.stop.asked), *run.saver.votes()],
         refuse=lambda loss, norm: state.guard.reason(str(bucket), loss, norm),
@@ -272,7 +268,7 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
     state.progress = state.progress.after(
         samples=bucket.batch_size,
         tokens=bucket.batch_size * tokens,
-        flops=TRAIN_FLOPS * bucket.batch_size * state.networks.forward_flops(grid),
+        flops=TRAIN_FLOPS * bucket.batch_size * run.task.forward_flops(bucket),
         hours=(step_time + data_wait) / 3600,
     )
     state.read += bucket.batch_size
@@ -286,6 +282,7 @@ def take_step(run: Run, stage: StageConfig, state: StageState, batches: list[Bat
             counters("train", stage, state.progress)
             | {
                 "loss": result.loss,
+                **result.terms,
                 "grad_norm": result.grad_norm,
                 "lr": lr,
                 "step_time_s": step_time,

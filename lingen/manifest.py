@@ -18,7 +18,7 @@ from lingen.files import sha256
 from lingen.shardfiles import Damaged, ShardReader
 
 MANIFEST, STATE = "manifest.json", "state.json"
-SCHEMA = 2
+SCHEMA = 3
 STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 

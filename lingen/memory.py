@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -84,7 +84,7 @@ def predict(config: Config, grid: Grid, *, batch: int, world: int, kernels: Mapp
 def model_on_meta(config: Config) -> Backbone:
     """The model of a run, to ask for its shapes; nothing is allocated."""
     with torch.device("meta"):
-        return make_model(config, text_dim=config.text.dim)
+        return make_model(config)
 
 
 # ------------------------------------------------------------------------------------ weights, gradients, optimizer
@@ -176,11 +176,17 @@ def _run_on_meta(config: Config, depth: int, grid: Grid, batch: int, kernels: Ma
     layers = config.size.depth.model_copy(update={config.model.name: depth})
     shallow = config.model_copy(update={"size": config.size.model_copy(update={"depth": layers})})
     model = model_on_meta(shallow).to(dtype)
+    most = peak(model, lambda: _step(model, config, grid, batch, dtype), kernels)
+    return sum(p.numel() for p in model.parameters()), most
+
+
+def peak(model: nn.Module, step: Callable[[], None], kernels: Mapping[str, str]) -> int:
+    """The most bytes of activations at once in ``step``, a forward and a backward of a model on the meta device."""
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
     with Live("meta", besides=model.parameters()) as live, _nothing_launched(kernels, live):
-        _step(model, config, grid, batch, dtype)
-    return sum(p.numel() for p in model.parameters()), live.peak
+        step()
+    return int(live.peak)
 
 
 def _drop(parameter: Tensor) -> None:
@@ -192,8 +198,9 @@ def _step(model: Backbone, config: Config, grid: Grid, batch: int, dtype: torch.
     sides = tuple(n * side for n, side in zip(grid, config.size.patch, strict=True))
     latents, noise = torch.empty(2, batch, config.autoencoder.channels, *sides, device="meta")
     sigma = torch.empty(batch, device="meta")
-    states = torch.empty(batch, config.text.length, config.text.dim, device="meta", dtype=dtype)
-    mask = torch.ones(batch, config.text.length, device="meta", dtype=torch.bool)
+    encoders = config.text.encoders
+    states = {name: torch.empty(batch, e.length, e.dim, device="meta", dtype=dtype) for name, e in encoders.items()}
+    mask = torch.ones(batch, sum(config.text.lengths.values()), device="meta", dtype=torch.bool)
     x = interpolate(latents, noise, sigma)
     velocity = model(x.to(dtype), sigma, states, mask).float()
     sample_losses(velocity, latents, noise).sum().backward()  # type: ignore[no-untyped-call]

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Sides = tuple[PositiveInt, PositiveInt, PositiveInt]  # (T, H, W)
 Scan = Literal["rotary", "fixed", "zigzag", "hilbert"]  # fixed: spatial row-major in every layer
+
+
+def safe_name(name: str) -> str:
+    """A relative path that stays below its folder, made of plain characters."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or any(p in ("..", ".") or p.startswith(".") for p in parts):
+        raise ValueError("must be a relative name such as 'demo/lingen', without '..' and hidden parts")
+    return name
+
+
+Name = Annotated[str, AfterValidator(safe_name)]
 
 
 class Section(BaseModel):

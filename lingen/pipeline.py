@@ -1,4 +1,4 @@
-"""From a prompt to frames: an exported model with its autoencoder and text encoder.
+"""From a prompt to frames: an exported model with its autoencoder and text encoders.
 
 Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
 """
@@ -6,7 +6,7 @@ Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,16 +15,17 @@ from typing import Literal
 import torch
 from rich.progress import track
 
-from lingen.autoencoder import Autoencoder, load_autoencoder
+from lingen.autoencoders import Autoencoder, load_autoencoder
 from lingen.config import BucketConfig, Config, StageConfig, geometry_problems, latent_shape, token_grid
 from lingen.engine import DTYPES
-from lingen.errors import UserError
+from lingen.errors import UserError, nearest
 from lingen.export import load_trained
 from lingen.flow import bucket_shift, generator
 from lingen.models import Backbone, make_model
 from lingen.sampling.guidance import guided
 from lingen.sampling.solver import euler, sigma_schedule
-from lingen.text import TextEncoder, load_text_encoder
+from lingen.text.encoders import TextEncoder, load_text_encoders, refuse_other_text
+from lingen.text_config import TextConfig
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,17 @@ class LinGenPipeline:
         device: str = "cpu",
         dtype: Literal["fp32", "bf16"] | None = None,
         autoencoder: str | None = None,
+        encoders: Mapping[str, str] | None = None,
     ) -> LinGenPipeline:
         """Load the EMA weights of an export, of a run folder (its last finished stage), or of a checkpoint.
 
         ``dtype`` is the denoiser's precision: by default that of the training on a GPU, fp32 on a CPU.
-        ``autoencoder`` names the autoencoder's file where it is no longer where the run found it.
+        ``autoencoder`` names the autoencoder's file where it is no longer where the run found it, ``encoders`` the
+        folders of text encoders by their names in the configuration.
 
         Raises:
             UserError: there is no such device; nothing that can be loaded is there, or it is incomplete; the
-                autoencoder is not the one that the weights were trained with.
+                autoencoder or a text encoder is not the one that the weights were trained with.
         """
         place = _device(device)
         trained = load_trained(Path(path))
@@ -68,9 +71,11 @@ class LinGenPipeline:
                 f"autoencoder.path={config.autoencoder.path} holds another autoencoder than the one that {path} was "
                 "trained with; name that one's file (autoencoder=FILE)"
             )
-        text = load_text_encoder(config.text, place)
+        config = config.model_copy(update={"text": _text_at(config.text, encoders or {})})
+        text = load_text_encoders(config.text, place)
+        refuse_other_text(trained.text_fingerprint, text.fingerprints, f"{path} was trained with")
         with torch.device("meta"):
-            model = make_model(config, text_dim=text.dim)
+            model = make_model(config)
         try:
             model.load_state_dict(trained.weights, assign=True)
         except RuntimeError as error:
@@ -82,7 +87,7 @@ class LinGenPipeline:
     def untrained(self) -> LinGenPipeline:
         """The same with freshly initialized weights: what training is measured against."""
         torch.manual_seed(self.config.seed)
-        model = make_model(self.config, text_dim=self.text.dim)
+        model = make_model(self.config)
         return replace(self, model=model.to(self.device, next(self.model.parameters()).dtype).eval())
 
     def shape(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> BucketConfig:
@@ -130,7 +135,8 @@ class LinGenPipeline:
         size = shape.frames, shape.height, shape.width
         latent = (self.config.autoencoder.channels, *latent_shape(self.config, *size))  # (C, T, h, w)
         noise = torch.stack([torch.randn(latent, generator=generator("cpu", "sample", s)) for s in each])
-        denoise = guided(self.model, self._encode(prompts), self._encode([negative] * len(prompts)), scale)
+        text, unwanted = self.text.encode(prompts), self.text.encode([negative] * len(prompts))
+        denoise = guided(self.model, text, unwanted, scale)
         tokens = prod(token_grid(self.config, *size))
         shift = self.stage.timestep_shift or bucket_shift(tokens, self.config.flow)
         sigmas = sigma_schedule(sampler.steps if steps is None else steps, shift)
@@ -139,9 +145,14 @@ class LinGenPipeline:
         pixels = self.autoencoder.decode(latents)  # (B, 3, F, H, W) in [-1, 1]
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
 
-    def _encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        states, mask = self.text.encode(list(captions))
-        return states.to(self.device), mask.to(self.device)
+
+def _text_at(text: TextConfig, folders: Mapping[str, str]) -> TextConfig:
+    """``text`` with these encoders in these folders."""
+    for name in folders:
+        if name not in text.encoders:
+            raise UserError(f"encoders.{name}: this model has no such text encoder{nearest(name, text.encoders)}")
+    moved = {name: text.encoders[name].model_copy(update={"path": folder}) for name, folder in folders.items()}
+    return text.model_copy(update={"encoders": text.encoders | moved})
 
 
 def _device(name: str) -> torch.device:

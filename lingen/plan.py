@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
 import psutil
 import torch
@@ -17,10 +17,12 @@ from rich.table import Table
 
 from data.pipeline import BucketCount, check_buckets
 from data.shards import Index
-from lingen.config import BucketConfig, Config, StageConfig, token_grid
+from lingen.config import BucketConfig, Config, RunConfig, StageConfig
 from lingen.curriculum import TRAIN_FLOPS, planned_steps
 from lingen.errors import UserError
-from lingen.memory import Memory, model_on_meta, planned_forms, predict
+from lingen.memory import Memory
+from lingen.task import Task
+from lingen.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class StagePlan:
 class Plan:
     """A whole run."""
 
+    model: str  # in a few words
     parameters: int
     stages: list[StagePlan]
     world: int  # ranks
@@ -71,9 +74,9 @@ class Plan:
     unknown: str | None  # why memory could not be predicted
 
 
-def make_plan(config: Config, index: Index, *, world: int, device: str) -> Plan:
+def make_plan(config: RunConfig, index: Index, *, world: int, device: str) -> Plan:
     """The plan of every stage on so many ranks and that kind of device; the model takes no memory."""
-    model = model_on_meta(config)
+    task = task_of(config)
     counts = check_buckets(index, list(config.stages.values()), config.data)
     stages: list[StagePlan] = []
     unknown = None
@@ -81,17 +84,16 @@ def make_plan(config: Config, index: Index, *, world: int, device: str) -> Plan:
         total, steps = planned_steps(stage)
         buckets = []
         for bucket, bucket_steps in zip(stage.buckets, steps, strict=True):
-            grid = token_grid(config, bucket.frames, bucket.height, bucket.width)
             count: BucketCount = counts[stage.name][str(bucket)]
-            forward = model.flops(grid, config.text.length)
-            buckets.append(BucketPlan(bucket, prod(grid), bucket_steps, count.train, count.holdout, forward))
+            forward = task.forward_flops(bucket)
+            buckets.append(BucketPlan(bucket, task.tokens(bucket), bucket_steps, count.train, count.holdout, forward))
         memory = None
         try:
-            memory = stage_memory(config, largest_of(buckets), world, device)
+            memory = stage_memory(config, task, largest_of(buckets), world, device)
         except Exception as error:  # of an unknown release of Triton, say: said, but no reason not to start
             unknown = f"{type(error).__name__}: {error}"
         stages.append(StagePlan(stage, total, buckets, memory))
-    return Plan(sum(p.numel() for p in model.parameters()), stages, world, device, unknown)
+    return Plan(f"{task.name}, {task.shape}", task.parameters, stages, world, device, unknown)
 
 
 def largest_of(buckets: list[BucketPlan]) -> BucketPlan:
@@ -99,15 +101,14 @@ def largest_of(buckets: list[BucketPlan]) -> BucketPlan:
     return max(buckets, key=lambda b: b.tokens * b.bucket.batch_size)
 
 
-def stage_memory(config: Config, plan: BucketPlan, world: int, device: str) -> Memory:
+def stage_memory(config: RunConfig, task: Task, plan: BucketPlan, world: int, device: str) -> Memory:
     """What one rank needs for the bucket's micro-batches."""
     bucket, engine = plan.bucket, config.engine
     micro = ceil(bucket.batch_size / max(1, world // engine.sequence_parallel) / engine.grad_accumulation)
-    grid = token_grid(config, bucket.frames, bucket.height, bucket.width)
-    return predict(config, grid, batch=micro, world=world, kernels=planned_forms(config, device))
+    return task.memory(bucket, batch=micro, world=world, device=device)
 
 
-def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
+def refuse_impossible(config: RunConfig, plan: Plan, world: int) -> None:
     """``world``: the ranks, or groups of ranks, that a batch is cut into.
 
     Raises:
@@ -136,7 +137,7 @@ def refuse_impossible(config: Config, plan: Plan, world: int) -> None:
                 )
 
 
-def refuse_too_large(config: Config, plan: Plan, device: torch.device) -> None:
+def refuse_too_large(config: RunConfig, plan: Plan, device: torch.device) -> None:
     """Raises:
     UserError: a stage needs more memory than the device has.
     """
@@ -160,22 +161,22 @@ def in_gb(memory: Memory) -> str:
     return f"{memory.total / 1e9:.3g} GB ({made_of}{building})"
 
 
-def ways_out(config: Config, world: int) -> str:
+def ways_out(config: RunConfig, world: int) -> str:
     """What would need less memory."""
-    engine = config.engine
+    engine, is_backbone = config.engine, isinstance(config, Config)
     ways = [
         "engine.activation_checkpointing=true" if not engine.activation_checkpointing else "",
-        f"engine=zero{max(2, engine.zero_stage + 1)}" if engine.zero_stage < 3 else "",
+        f"engine=zero{max(2, engine.zero_stage + 1)}" if engine.zero_stage < (3 if is_backbone else 2) else "",
         "engine.dtype=bf16" if engine.dtype == "fp32" else "",
         f"a larger engine.grad_accumulation than {engine.grad_accumulation}",
-        f"a larger engine.sequence_parallel than {engine.sequence_parallel}",
+        f"a larger engine.sequence_parallel than {engine.sequence_parallel}" if is_backbone else "",
         f"more ranks than {world}",
         "a smaller batch_size",
     ]
     return f"try {', '.join(way for way in ways if way)}"
 
 
-def print_plan(config: Config, plan: Plan) -> None:
+def print_plan(config: RunConfig, plan: Plan) -> None:
     """The plan as a table on stdout."""
     console = Console() if sys.stdout.isatty() else Console(width=140)
     print_training(console, config, plan)
@@ -191,12 +192,9 @@ def print_plan(config: Config, plan: Plan) -> None:
                 console.print(f"empty bucket: stages.{stage.stage.name} {b.bucket}: no sample can fill it")
 
 
-def print_training(console: Console, config: Config, plan: Plan) -> None:
+def print_training(console: Console, config: RunConfig, plan: Plan) -> None:
     """The part of the plan that does not depend on the machine: what is trained, and what it costs."""
-    console.print(
-        f"[bold]{config.name}[/bold]: {config.model.name} {config.size.name}, {config.depth} layers of width "
-        f"{config.size.d_model}, {plan.parameters:,} parameters"
-    )
+    console.print(f"[bold]{config.name}[/bold]: {plan.model}, {plan.parameters:,} parameters")
     table = Table("stage", "bucket", "fps", "tokens", "batch", "steps", "samples", "in shards", "held out", "PFLOPs")
     for column in table.columns[2:]:
         column.justify = "right"

@@ -10,7 +10,7 @@ from data.pipeline import holdout_batches
 from lingen.begin import StageState, bad_log
 from lingen.config import BucketConfig, StageConfig
 from lingen.curriculum import Progress, is_complete
-from lingen.run import Run, fingerprints
+from lingen.run import Run
 from lingen.step import StepResult, step_keys
 from lingen.validation import validate
 
@@ -25,7 +25,7 @@ def log_transfer(run: Run, stage: StageConfig, state: StageState) -> None:
     entry = state.lineage[-1]
     record = counters("transfer", stage, state.progress)
     origin = {"from": entry["from_stage"], "checkpoint": entry["from_checkpoint"]}
-    run.metrics.log(record | origin | fingerprints(run))
+    run.metrics.log(record | origin | run.inputs.fingerprints())
 
 
 def log_refused(run: Run, stage: StageConfig, state: StageState, batches: list[Batch], result: StepResult) -> None:
@@ -70,7 +70,7 @@ def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> 
     def asked_to_stop() -> bool:
         return run.asked_to_stop(f"validation of {stage.name}")
 
-    measured = validate(state.networks, stage, held_out, config.validation, run.dist, asked_to_stop)
+    measured = validate(state.networks, stage, held_out, run.dist, asked_to_stop)
     if measured is None:
         return False
     run.metrics.log(counters("validation", stage, state.progress) | measured | {"at": at})

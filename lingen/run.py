@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingen.begin import Inputs, StageState, Start
-from lingen.config import Config, StageConfig
+from lingen.begin import StageState, Start
+from lingen.config import RunConfig, StageConfig
 from lingen.dist import Dist, StopSignal
-from lingen.engine import DTYPES
 from lingen.export import export_finished
-from lingen.kernels import forms
 from lingen.metrics import Metrics
 from lingen.runfolder import architecture, dump_config, run_folder, stage_folder, with_earlier_stages, write_aside
 from lingen.saver import Saver
+from lingen.task import Inputs, Task
 from lingen.watchdog import Watchdog
 
 
@@ -21,7 +20,8 @@ from lingen.watchdog import Watchdog
 class Run:
     """What all stages share."""
 
-    config: Config
+    config: RunConfig
+    task: Task
     dist: Dist
     inputs: Inputs
     metrics: Metrics
@@ -35,11 +35,13 @@ class Run:
         return self.stop.asked
 
 
-def open_records(config: Config, stages: list[StageConfig], start: Start, dist: Dist) -> Metrics:
+def open_records(
+    config: RunConfig, task: Task, inputs: Inputs, stages: list[StageConfig], start: Start, dist: Dist
+) -> Metrics:
     """Write the run's configuration down and open its records."""
     if dist.rank == 0:
         write_aside(run_folder(config) / "config.yaml", dump_config(with_earlier_stages(config)))
-        print_choices(config, dist)
+        print_choices(config, task, inputs, dist)
     return Metrics(
         run_folder(config),
         config.logger,
@@ -52,24 +54,15 @@ def open_records(config: Config, stages: list[StageConfig], start: Start, dist: 
     )
 
 
-def print_choices(config: Config, dist: Dist) -> None:
+def print_choices(config: RunConfig, task: Task, inputs: Inputs, dist: Dist) -> None:
     """What was chosen for this machine, said once."""
     engine = f"DeepSpeed ZeRO-{config.engine.zero_stage}" if config.engine.kind == "deepspeed" else "torch"
     together = f", {dist.sequence} a sample" if dist.sequence > 1 else ""
-    kernels = forms.describe(dist.device, DTYPES[config.engine.dtype])
     print(
-        f"{run_folder(config)}: {config.model.name} {config.size.name}, {engine} in {config.engine.dtype}, "
-        f"{dist.world} x {dist.device.type}{together}; kernels: {kernels}",
+        f"{run_folder(config)}: {task.name}, {engine} in {config.engine.dtype}, "
+        f"{dist.world} x {dist.device.type}{together}; {inputs.choices(dist.device)}",
         flush=True,
     )
-
-
-def fingerprints(run: Run) -> dict[str, str]:
-    """What the run sees: without it, two losses cannot be compared, nor a position in the data understood."""
-    return {
-        "data_fingerprint": run.inputs.index.fingerprint,
-        "autoencoder_fingerprint": run.inputs.autoencoder.fingerprint,
-    }
 
 
 def save(run: Run, stage: StageConfig, state: StageState) -> None:
@@ -85,7 +78,7 @@ def save_final(run: Run, stage: StageConfig, state: StageState) -> Path:
     folder = finish_save(run)
     assert folder is not None
     run.watchdog.beat(f"exporting {stage.name}")
-    export_finished(run.config, run.dist)
+    export_finished(run.config, run.dist, run.inputs.export)
     return folder
 
 
@@ -113,7 +106,7 @@ def start_save(run: Run, stage: StageConfig, state: StageState, *, final: bool) 
             "read": state.read,
             "bad": state.bad,
             "guard": state.guard.state(),
-            **fingerprints(run),
+            **run.inputs.fingerprints(),
         },
         architecture=architecture(run.config),
         final=final,

@@ -1,58 +1,59 @@
-"""One optimizer step of flow matching, as it is done on every rank.
+"""One optimizer step, as it is done on every rank; what its losses are, a ``Trainee`` knows.
 
-Shapes: B samples of a micro-batch, F frames, C channels, T x H x W latent positions, L text tokens of width D_text.
+Shapes: B samples of a micro-batch, M numbers a sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from data.batch import Batch
-from lingen.autoencoder import Autoencoder
-from lingen.config import FlowConfig
+from lingen.config import StageConfig
 from lingen.dist import Dist
 from lingen.engine import Engine
 from lingen.errors import UserError
-from lingen.flow import draw, interpolate, sample_losses
-from lingen.models import Backbone
-from lingen.text import TextEncoder
-
-Text = tuple[torch.Tensor, torch.Tensor]  # states (B, L, D_text), mask (B, L)
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The trained model inside its engine, and the two frozen networks before it."""
+class Trainee(Protocol):
+    """A model in its engine, and what a batch costs it."""
 
-    engine: Engine
-    model: Backbone  # the same weights without the engine around them: for what only asks about shapes
-    autoencoder: Autoencoder
-    text: TextEncoder
-    device: torch.device
-    dtype: torch.dtype  # of the model's activations
-    _flops: dict[tuple[int, int, int], int] = field(default_factory=dict, init=False, repr=False)
+    @property
+    def engine(self) -> Engine:
+        """Who takes the steps."""
+        ...
 
-    @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Clips (B, 3, F, H, W) uint8 -> latents (B, C, T, H, W) fp32."""
-        return self.autoencoder.encode(pixels.to(self.device))
+    @property
+    def device(self) -> torch.device:
+        """Where the losses are."""
+        ...
 
-    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:
-        """The model's velocity at ``x`` (B, C, T, H, W) and ``sigma`` (B,), in fp32."""
-        states, mask = (part.to(self.device) for part in text)
-        velocity: torch.Tensor = self.engine.model(x.to(self.dtype), sigma, states.to(self.dtype), mask)
-        return velocity.float()
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of what ``losses`` gives beside the loss."""
+        ...
 
-    def forward_flops(self, grid: tuple[int, int, int]) -> int:
-        """FLOPs of the model's forward for one sample of ``grid`` = (T, H, W) tokens."""
-        if grid not in self._flops:  # counted layer by layer, which takes half a millisecond
-            self._flops[grid] = int(self.model.flops(grid, self.text.length))
-        return self._flops[grid]
+    def losses(self, batch: Batch, stage: StageConfig, samples_seen: int) -> torch.Tensor:
+        """(1 + terms, B): of each sample, holes included, the loss, with the graph behind it, and what is recorded
+        beside it. Its random numbers come from the seed, ``samples_seen`` and the positions in the batch."""
+        ...
+
+    def measure(self, batch: Batch) -> torch.Tensor:
+        """(M, B): what validation takes the mean of; nothing random in it but what is the same each time."""
+        ...
+
+    def summary(self, measured: Mapping[str, torch.Tensor], shares: torch.Tensor) -> dict[str, Any]:
+        """The record of a validation, with its ``loss`` and ``bucket_loss``.
+
+        Args:
+            measured: by bucket, the mean of ``measure`` over its held-out samples, (M,) fp64.
+            shares: (buckets,) fp64, of the stage's steps.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class StepResult:
     """What one step measured, over all ranks; the same on every rank."""
 
     loss: float  # mean over the valid samples; NaN where there are none
+    terms: dict[str, float]  # the same of what the trainee records beside it
     grad_norm: float  # before clipping
     valid: int  # samples that were not holes
     votes: list[float]  # the sums of what the ranks' ``votes`` gave
@@ -67,20 +69,18 @@ class StepResult:
 
 
 def train_step(
-    networks: Networks,
+    networks: Trainee,
     batches: list[Batch],
     *,
     lr: float,
-    seed: int,
+    stage: StageConfig,
     samples_seen: int,
-    shift: float,
-    flow: FlowConfig,
     dist: Dist,
     votes: Callable[[], Sequence[float]],
     refuse: Callable[[float, float], str | None],
     lost: str | None,
 ) -> StepResult:
-    """Noise, predict, backward over this rank's micro-batches, then one step.
+    """Losses and their backward over this rank's micro-batches, then one step.
 
     Ranks that share their samples (``dist.sequence``) all have the same batches and the whole loss. So a sample counts
     as often as ranks share it, in the losses as in the number that divides them; and it is a hole for all of them where
@@ -105,40 +105,25 @@ def train_step(
     if counts[1]:
         raise_lost(lost, dist, "nothing of this step was taken")
     valid_total, valid = counts[0], int(counts[0]) // dist.sequence
-    loss_sum = torch.zeros((), device=device)
+    sums = torch.zeros(1 + len(networks.terms), device=device)
     for batch, mask in zip(batches, masks, strict=True):
-        losses = batch_losses(networks, batch, seed=seed, samples_seen=samples_seen, shift=shift, flow=flow)  # (B,)
-        loss = (losses * mask).sum() / valid_total.clamp(min=1)
+        found = networks.losses(batch, stage, samples_seen)  # (1 + terms, B)
+        loss = (found[0] * mask).sum() / valid_total.clamp(min=1)
         networks.engine.backward(loss)
-        loss_sum += loss.detach()
-    seen = torch.tensor([0.0, *votes()], device=device)
-    seen[0] = loss_sum
+        sums[0] += loss.detach()
+        if networks.terms:
+            sums[1:] += (found[1:].detach() * mask).sum(1) / valid_total.clamp(min=1)
+    seen = torch.tensor([0.0] * len(sums) + [*votes()], device=device)
+    seen[: len(sums)] = sums
     dist.all_reduce_sum(seen)
-    mean, *sums = seen.tolist()
+    mean, *rest = seen.tolist()
+    voted = rest[len(networks.terms) :]
+    terms = dict(zip(networks.terms, rest, strict=False))
     if not valid:
-        return StepResult(math.nan, networks.engine.step(lr, lambda norm: True), 0, sums, None)
+        nothing = dict.fromkeys(networks.terms, math.nan)
+        return StepResult(math.nan, nothing, networks.engine.step(lr, lambda norm: True), 0, voted, None)
     grad_norm, refused = guarded_step(networks.engine, lr, lambda norm: refuse(mean, norm), dist)
-    return StepResult(mean, grad_norm, valid, sums, refused)
-
-
-def batch_losses(
-    networks: Networks, batch: Batch, *, seed: int, samples_seen: int, shift: float, flow: FlowConfig
-) -> torch.Tensor:
-    """The loss (B,) of each sample of a micro-batch, holes included, with the graph behind it."""
-    latents = networks.encode(batch.pixels)  # (B, C, T, H, W)
-    drawn = draw(
-        batch.positions.tolist(),
-        tuple(latents.shape[1:]),  # type: ignore[arg-type]
-        seed=seed,
-        samples_seen=samples_seen,
-        shift=shift,
-        flow=flow,
-        device=networks.device,
-    )
-    captions = ["" if drop else text for text, drop in zip(batch.captions, drawn.drop_caption, strict=True)]
-    x = interpolate(latents, drawn.noise, drawn.sigma)
-    velocity = networks.velocity(x, drawn.sigma, networks.text.encode(captions))
-    return sample_losses(velocity, latents, drawn.noise)
+    return StepResult(mean, terms, grad_norm, valid, voted, refused)
 
 
 def guarded_step(

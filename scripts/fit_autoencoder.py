@@ -22,7 +22,8 @@ from data.batch import Bucket
 from data.buckets import eligible, split, starts
 from data.decode import BadSample, decode_clip
 from data.shards import Index, load_index, read_member
-from lingen.autoencoder import PcaAutoencoder, fit_pca, to_float
+from lingen.autoencoders import to_float
+from lingen.autoencoders.pca import PcaAutoencoder, fit_pca
 from lingen.compose import parse
 from lingen.config import DataConfig
 from lingen.errors import UserError, run_main
@@ -96,7 +97,14 @@ class Clips:
             try:
                 media = read_member(self.index, row)
                 yield decode_clip(
-                    media, frames=frames, height=config.height, width=config.width, fps=config.fps, start=start
+                    media,
+                    frames=frames,
+                    height=config.height,
+                    width=config.width,
+                    fps=config.fps,
+                    start=start,
+                    begin=float(self.index.begin[row]),
+                    end=float(self.index.end[row]),
                 )
             except BadSample as bad:
                 self.bad[bad.reason] += 1

@@ -42,6 +42,7 @@ class Words(BaseModel):
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] | None = None  # of the denoiser; None: the training's on a GPU, fp32 on a CPU
     autoencoder: str | None = None  # where the autoencoder's file is now
+    encoders: dict[str, str] = {}  # where text encoders are now: encoders="{t5: DIR}"
     kernels: KernelsConfig = KernelsConfig()  # kernels="{attention: sdpa}"
 
 
@@ -67,7 +68,11 @@ def main() -> None:
     from lingen.pipeline import LinGenPipeline
 
     pipeline = LinGenPipeline.from_pretrained(
-        words.checkpoint, device=words.device, dtype=words.dtype, autoencoder=words.autoencoder
+        words.checkpoint,
+        device=words.device,
+        dtype=words.dtype,
+        autoencoder=words.autoencoder,
+        encoders=words.encoders,
     )
     dtype = next(pipeline.model.parameters()).dtype
     choose_forms(words.kernels.model_dump(), pipeline.device, dtype)

@@ -15,29 +15,31 @@ import pytest
 
 # fmt: off
 ROWS = (
-    ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
-     "lingen.compose"),
+    ("lingen.errors", "lingen.files", "lingen.autoencoder_config", "lingen.config", "lingen.model_config",
+     "lingen.operation_config", "lingen.tae_config", "lingen.text_config", "lingen.compose"),
     ("lingen.agreement", "lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output",
      "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),
     ("lingen.models",),
-    ("lingen.autoencoder", "lingen.text"),
+    ("lingen.autoencoders", "lingen.text"),
     ("lingen.flow",),
     ("lingen.engine", "lingen.engines", "lingen.ema"),
     ("lingen.checkpoint", "lingen.manifest", "lingen.saver", "lingen.shardfiles", "lingen.export", "lingen.metrics",
      "lingen.sinks"),
     ("lingen.sampling",),
-    ("lingen.begin", "lingen.lineage", "lingen.run", "lingen.records", "lingen.loop", "lingen.memory",
-     "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.validation"),
-    ("lingen.bench", "lingen.cluster", "lingen.comparison"),
+    ("lingen.begin", "lingen.diffusion", "lingen.lineage", "lingen.latents", "lingen.run", "lingen.records",
+     "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.tae_export",
+     "lingen.tae_task", "lingen.task", "lingen.tasks", "lingen.validation"),
+    ("lingen.bench", "lingen.cluster", "lingen.comparison", "lingen.preview"),
     ("scripts", "slurm.launch", "train"),
 )
 # Rooms that see less than the rows above them.
 ONLY = {
-    "data": ("lingen.errors", "lingen.files", "lingen.config", "lingen.model_config", "lingen.operation_config",
-             "lingen.compose", "data"),
+    "data": ("lingen.errors", "lingen.files", "lingen.autoencoder_config", "lingen.config", "lingen.model_config",
+             "lingen.operation_config", "lingen.text_config", "lingen.compose", "data"),
     "lingen.kernels": ("lingen.kernels",),
-    "lingen.models": ("lingen.errors", "lingen.config", "lingen.model_config", "lingen.kernels", "lingen.models"),
+    "lingen.models": ("lingen.errors", "lingen.config", "lingen.model_config", "lingen.text_config", "lingen.kernels",
+                      "lingen.models"),
 }
 # fmt: on
 FILE_LINES = 350

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from lingen.bench.device import clock_of, dtype_of, find_device, name_of
 from lingen.bench.tables import markdown, named
-from lingen.bench.workload import Subject, bench_config, grid_of
+from lingen.bench.workload import TEXT_LENGTH, Subject, bench_config, grid_of
 from lingen.engine import DTYPES, choose_forms
 
 
@@ -77,7 +77,7 @@ def run(words: AblationWords) -> dict[str, Any]:
 
 def time_row(words: AblationWords, name: str, device: torch.device) -> tuple[float, dict[str, Any]]:
     """(seconds of a guided forward, what the model is). The model is made for it, run once, timed, and gone."""
-    settings = [f"engine.dtype={words.dtype}", f"text.length={words.text_tokens}"]
+    settings = [f"engine.dtype={words.dtype}", f"{TEXT_LENGTH}={words.text_tokens}"]
     if words.blocks is not None:
         settings.append(f"size.depth.lingen={words.blocks}")
     if (word := ROWS[name].word) is not None:

@@ -68,7 +68,7 @@ def _block(words: BlockWords) -> Block:
     depth = f"size.depth.lingen={words.layer + 1}"
     config = bench_config("lingen", "small", *(f"size.{key}={value}" for key, value in sizes.items()), depth)
     torch.manual_seed(0)
-    block = make_model(config, text_dim=words.width).blocks[words.layer]
+    block = make_model(config).blocks[words.layer]
     assert isinstance(block, Block)
     return block
 

@@ -35,7 +35,7 @@ def run(words: FlopWords) -> dict[str, Any]:
 
     def row(stage: StageConfig, bucket: BucketConfig) -> dict[str, Any]:
         grid = token_grid(configs["dit"], bucket.frames, bucket.height, bucket.width)
-        forward = {name: model.flops(grid, configs[name].text.length) for name, model in models.items()}
+        forward = {name: model.flops(grid, configs[name].text.lengths) for name, model in models.items()}
         return {
             "stage": stage.name,
             "bucket": str(bucket),

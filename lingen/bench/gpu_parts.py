@@ -71,7 +71,7 @@ def full() -> Scale:
         for width in (bucket.width, bucket.height):
             name = f"{bucket.frames / stage.fps:.0f}s {bucket.height}x{width}"
             grids[name] = token_grid(config, bucket.frames, bucket.height, width)
-    return Scale("4b", grids, config.text.length, "cuda", "bf16", (5, 9, 10), 64, 4)
+    return Scale("4b", grids, sum(config.text.lengths.values()), "cuda", "bf16", (5, 9, 10), 64, 4)
 
 
 def small() -> Scale:

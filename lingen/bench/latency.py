@@ -27,7 +27,7 @@ from lingen.bench.device import (
 from lingen.bench.plot import plot_costs
 from lingen.bench.tables import gb, markdown, named
 from lingen.bench.timing import Case, interleave
-from lingen.bench.workload import Subject, bench_config, grid_of
+from lingen.bench.workload import TEXT_LENGTH, Subject, bench_config, grid_of
 from lingen.engine import DTYPES, choose_forms
 from lingen.output import make_folder
 
@@ -96,7 +96,7 @@ def run(words: LatencyWords) -> list[Row]:
 def _subject(words: LatencyWords, name: str, dtype: str, device: torch.device) -> Subject:
     depth = () if words.blocks is None else (f"size.depth.{name}={words.blocks}",)
     settings = (f"engine.dtype={dtype}", f"engine.activation_checkpointing={words.activation_checkpointing}")
-    config = bench_config(name, words.size, *settings, f"text.length={words.text_tokens}", *depth)
+    config = bench_config(name, words.size, *settings, f"{TEXT_LENGTH}={words.text_tokens}", *depth)
     return Subject(config, device, train=words.mode == "train")
 
 

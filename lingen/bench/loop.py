@@ -34,7 +34,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 import data.pipeline
-import lingen.step
+import lingen.diffusion
 from data.pipeline import StageLoader
 from data.shards import load_index
 from lingen.bench.ledger import Ledger, Seconds
@@ -180,7 +180,7 @@ def watch(config: Config, ledger: Ledger, steps: int, each: Callable[[], None] =
 def cut_graphs(ledger: Ledger) -> None:
     """Let a model's graph end, in memory too, where its backward is timed: else the loop would be charged for freeing
     it. The losses that the step sees are leaves, and their gradient goes on through the graph behind them."""
-    forward, backward = lingen.step.batch_losses, TorchEngine.backward
+    forward, backward = lingen.diffusion.batch_losses, TorchEngine.backward
     behind: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def cut(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -194,8 +194,8 @@ def cut_graphs(ledger: Ledger) -> None:
         losses, leaves = behind.pop()
         losses.backward(leaves.grad)  # type: ignore[no-untyped-call]
 
-    ledger.replace(lingen.step, "batch_losses", cut)
-    ledger.charge(lingen.step, "batch_losses", "model")
+    ledger.replace(lingen.diffusion, "batch_losses", cut)
+    ledger.charge(lingen.diffusion, "batch_losses", "model")
     ledger.replace(TorchEngine, "backward", through)
     ledger.charge(TorchEngine, "backward", "model")
 

@@ -12,7 +12,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lingen.bench.workload import bench_config, leave_no_zeros
+from lingen.bench.workload import TEXT_LENGTH, bench_config, leave_no_zeros
 from lingen.engine import DTYPES
 from lingen.kernels.index import Grid
 from lingen.models import make_model
@@ -24,11 +24,11 @@ TOP = 15
 
 def run(size: str, grid: Grid, device: torch.device, dtype: str, text_tokens: int) -> list[dict[str, Any]]:
     """A row for each of the kernels (on a CPU: operations) that take the most time, forward and then both passes."""
-    words = (f"engine.dtype={dtype}", f"size.depth.lingen={LAYER + 1}", f"text.length={text_tokens}")
+    words = (f"engine.dtype={dtype}", f"size.depth.lingen={LAYER + 1}", f"{TEXT_LENGTH}={text_tokens}")
     config = bench_config("lingen", size, *words)
     torch.manual_seed(0)
     with device:
-        model = make_model(config, text_dim=config.text.dim).to(DTYPES[dtype])
+        model = make_model(config).to(DTYPES[dtype])
         leave_no_zeros(model)
         block, width = model.blocks[LAYER], config.size.d_model
         x, weight = torch.randn(2, 1, prod(grid), width, dtype=DTYPES[dtype])  # (1, N, D) each

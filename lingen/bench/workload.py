@@ -1,6 +1,6 @@
 """What the benchmarks run: a model on a device, and a guided forward or a training step of it.
 
-Shapes: token grid (T, H, W), C latent channels, L text tokens of width S.
+Shapes: token grid (T, H, W), C latent channels, L text tokens of width S of an encoder.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lingen.sampling.guidance import guided
 # Frames (H, W) of tokens that a grid of a given number of tokens may have: 512x896 and 512x512 at 16 pixels a token,
 # then smaller ones.
 FRAMES = ((32, 56), (32, 32), (16, 28), (16, 16), (8, 14), (8, 8), (4, 4), (2, 2), (1, 1))
+TEXT_LENGTH = "text.encoders.minilm.length"  # the word for how many text tokens there are
 FEWEST_FRAMES = 4  # latent ones, so that windows and reviews find neighbours in time
 
 
@@ -73,7 +74,7 @@ class Inputs:
     latents: Tensor  # (1, C, T', H', W') fp32
     noise: Tensor  # the same
     sigma: Tensor  # (1,)
-    states: Tensor  # (1, L, S)
+    states: dict[str, Tensor]  # (1, L, S) by text encoder
     mask: Tensor  # (1, L) bool
 
     @staticmethod
@@ -82,8 +83,9 @@ class Inputs:
         torch.manual_seed(0)
         sides = tuple(n * side for n, side in zip(grid, config.size.patch, strict=True))
         latents, noise = torch.randn(2, 1, config.autoencoder.channels, *sides, device=device)
-        states = torch.randn(1, config.text.length, config.text.dim, device=device)
-        mask = torch.ones(1, config.text.length, dtype=torch.bool, device=device)
+        encoders = config.text.encoders
+        states = {name: torch.randn(1, e.length, e.dim, device=device) for name, e in encoders.items()}
+        mask = torch.ones(1, sum(config.text.lengths.values()), dtype=torch.bool, device=device)
         return Inputs(latents, noise, torch.full((1,), 0.5, device=device), states, mask)
 
 
@@ -102,7 +104,7 @@ class Subject:
         self.config, self.device = config, device
         torch.manual_seed(0)
         with device:  # torch's default one inside
-            self.model = make_model(config, text_dim=config.text.dim)
+            self.model = make_model(config)
         leave_no_zeros(self.model)
         self.engine: Engine | None = None
         if train:
@@ -118,7 +120,7 @@ class Subject:
 
     def flops(self, grid: Grid, *, samples: int) -> int:
         """Of one call: a forward of so many samples, or a training step."""
-        forward = samples * self.model.flops(grid, self.config.text.length)
+        forward = samples * self.model.flops(grid, self.config.text.lengths)
         return TRAIN_FLOPS * forward if self.engine is not None else forward
 
     def call(self, grid: Grid, *, guidance: bool = True, compiled: bool = False) -> Callable[[], object]:
@@ -150,6 +152,6 @@ class Subject:
     def _train(self, engine: Engine, model: Backbone, inputs: Inputs) -> None:
         dtype = DTYPES[self.config.engine.dtype]
         x = interpolate(inputs.latents, inputs.noise, inputs.sigma)
-        velocity = model(x.to(dtype), inputs.sigma, inputs.states.to(dtype), inputs.mask).float()
+        velocity = model(x.to(dtype), inputs.sigma, inputs.states, inputs.mask).float()
         engine.backward(sample_losses(velocity, inputs.latents, inputs.noise).sum())
         engine.step(1e-4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lingen.autoencoder import load_autoencoder
+from lingen.autoencoders import load_autoencoder
 from lingen.cluster import slurm
 from lingen.cluster.checks import (
     PlannedJob,

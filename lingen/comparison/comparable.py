@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lingen.comparison.read import Run, Stage, planned_stages
@@ -10,9 +11,16 @@ from lingen.comparison.read import Run, Stage, planned_stages
 # With another value here two validation losses are not the same measurement.
 MEASURE = ("data.path", "data.holdout_share", "validation", "autoencoder", "text")
 MEASURE_OF_STAGE = ("buckets", "fps")
-NOT_THE_MEASURE = {"validation.every_steps", "validation.batch_size", "text.cache"}
+# ... but for these; where a text encoder lies is not what it is, and its fingerprint is compared.
+NOT_THE_MEASURE = (
+    "validation.every_steps",
+    "validation.batch_size",
+    "text.cache",
+    "text.encoders.*.path",
+    "text.encoders.*.dropout",
+)
 # Another value here is another recipe: the runs can be compared, but not only their models differ.
-RECIPE = ("seed", "size", "flow", "optim", "ema", "init_from", "engine.dtype")
+RECIPE = ("seed", "size", "flow", "optim", "ema", "init_from", "engine.dtype", "text.encoders.*.dropout")
 RECIPE_OF_STAGE = (
     "samples",
     "batch_size",
@@ -65,7 +73,7 @@ def notes(runs: list[Run]) -> list[str]:
     first = runs[0]
     for other in runs[1:]:
         paths = [*RECIPE, *(f"stages.{name}.{key}" for name in _shared(first, other) for key in RECIPE_OF_STAGE)]
-        found += [f"Recipes differ: {text}." for text in _differences(first, other, paths)]
+        found += [f"Recipes differ: {text}." for text in _differences(first, other, paths, ())]
     return found
 
 
@@ -78,7 +86,7 @@ def _against(first: Run, other: Run) -> Iterator[str]:
     elif seen[0][:shorter] != seen[1][:shorter]:
         yield f"{pair} went through different stages: {', '.join(seen[0])} against {', '.join(seen[1])}."
     paths = [*MEASURE, *(f"stages.{name}.{key}" for name in _shared(first, other) for key in MEASURE_OF_STAGE)]
-    for text in _differences(first, other, paths):
+    for text in _differences(first, other, paths, NOT_THE_MEASURE):
         yield f"Validated differently: {text}."
     for stage in first.stages:
         twin = other.stage(stage.name)
@@ -108,13 +116,15 @@ def _shared(first: Run, other: Run) -> list[str]:
     return [name for name in first.planned if name in other.planned]
 
 
-def _differences(first: Run, other: Run, paths: list[str]) -> Iterator[str]:
+def _differences(first: Run, other: Run, paths: Sequence[str], but: Sequence[str]) -> Iterator[str]:
     if first.config is None or other.config is None:
         return
     trees = [_flat(_comparable(run.config or {})) for run in (first, other)]
     keys = list(dict.fromkeys(key for tree in trees for key in tree))
     for key in keys:
-        if key in NOT_THE_MEASURE or not any(key == path or key.startswith(f"{path}.") for path in paths):
+        if any(fnmatchcase(key, path) for path in but):
+            continue
+        if not any(fnmatchcase(key, path) or key.startswith(f"{path}.") for path in paths):
             continue
         a, b = (tree.get(key) for tree in trees)
         if a != b:

@@ -1,13 +1,13 @@
 """The diffusion transformer around the blocks. Knows no mixer: LinGen and DiT are this class with other blocks.
 
-Shapes: B batch, C latent channels, latents (T', H', W'), token grid (T, H, W) of N tokens, D d_model, L text tokens,
-S width of the text encoder's states.
+Shapes: B batch, C latent channels, latents (T', H', W'), token grid (T, H, W) of N tokens, D d_model; of a text
+encoder: L tokens, S width of its states.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lingen.kernels.index import Grid
 from lingen.kernels.norm import modulate
 from lingen.models.block import NORM_EPS, Block
-from lingen.models.embed import SigmaEmbedding, TextProjection, patchify, position_embedding, token_grid, unpatchify
+from lingen.models.embed import SigmaEmbedding, TextEmbedding, patchify, position_embedding, token_grid, unpatchify
 from lingen.models.parallel import ALONE
 
 
@@ -52,6 +52,7 @@ class Backbone(nn.Module):
 
     Args:
         blocks: the layers, in order; each brings its mixer.
+        text: from the text encoders' states to D.
         channels: latent channels C.
         patch: (T, H, W) latent positions of a token.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -64,18 +65,18 @@ class Backbone(nn.Module):
         blocks: Sequence[Block],
         *,
         d_model: int,
-        text_dim: int,
+        text: TextEmbedding,
         channels: int,
         patch: Grid,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.channels, self.patch, self.text_dim = channels, patch, text_dim
+        self.channels, self.patch = channels, patch
         self.activation_checkpointing = activation_checkpointing
         features = channels * patch[0] * patch[1] * patch[2]
         self.patch_in = nn.Linear(features, d_model)
         self.sigma = SigmaEmbedding(d_model)
-        self.text = TextProjection(text_dim, d_model)
+        self.text = text
         self.modulation = nn.Linear(d_model, 6 * d_model)  # adaLN-single: one for all blocks
         self.blocks = nn.ModuleList(blocks)
         self.head = Head(d_model, features)
@@ -87,14 +88,14 @@ class Backbone(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, latents: Tensor, sigma: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor], text_mask: Tensor) -> Tensor:
         """The velocity, in the shape and dtype of ``latents``; computed in the dtype of the weights.
 
         Args:
             latents: (B, C, T', H', W'), noisy.
             sigma: (B,) noise level in [0, 1].
-            text: (B, L, S) states of the text encoder.
-            text_mask: (B, L) bool, True where there is text; at least one True a row.
+            text: (B, L, S) states by text encoder.
+            text_mask: (B, sum(L)) bool, in the encoders' order, True where there is text; at least one True a row.
 
         Raises:
             ValueError: an argument has another shape or dtype; the message names it.
@@ -107,7 +108,7 @@ class Backbone(nn.Module):
         x = x + ranks.slice_of(position_embedding(grid, x.shape[-1], dtype, x.device), 0)  # (B, N, D)
         condition = F.silu(self.sigma(sigma))  # (B, D)
         modulation = self.modulation(condition).unflatten(-1, (6, -1))  # (B, 6, D)
-        states = self.text(text.to(dtype))  # (B, L, D)
+        states = self.text(text, dtype)  # (B, sum(L), D)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             arguments = (x, grid, modulation, states, text_mask)
@@ -118,25 +119,22 @@ class Backbone(nn.Module):
         velocity = ranks.gather(self.head(x, condition), math.prod(grid))  # (B, N, features), all tokens
         return unpatchify(velocity, grid, self.patch).to(latents.dtype)  # (B, C, T', H', W')
 
-    def flops(self, grid: Grid, text_tokens: int) -> int:
-        """Forward FLOPs of one sample of a token grid (T, H, W): a multiplication and an addition are two.
+    def flops(self, grid: Grid, text_tokens: Mapping[str, int]) -> int:
+        """Forward FLOPs of one sample of a token grid (T, H, W) with so many tokens of each text encoder: a
+        multiplication and an addition are two.
 
         Counts what ``torch.utils.flop_counter`` counts: matrix products, convolutions and attention.
         """
         tokens, d_model = grid[0] * grid[1] * grid[2], self.modulation.in_features
         linears = tokens * self.patch_in.in_features * d_model + 6 * d_model**2
-        blocks = sum(block.flops(grid, text_tokens) for block in self.blocks if isinstance(block, Block))
+        blocks = sum(block.flops(grid, sum(text_tokens.values())) for block in self.blocks if isinstance(block, Block))
         return 2 * linears + self.sigma.flops() + self.text.flops(text_tokens) + blocks + self.head.flops(tokens)
 
-    def _check(self, latents: Tensor, sigma: Tensor, text: Tensor, text_mask: Tensor) -> None:
+    def _check(self, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor], text_mask: Tensor) -> None:
         """Raise a ValueError that names the first argument of a wrong shape."""
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(f"latents must be (B, {self.channels}, T, H, W), got {tuple(latents.shape)}")
         batch = latents.shape[0]
         if sigma.shape != (batch,):
             raise ValueError(f"sigma must be ({batch},), one a sample of latents, got {tuple(sigma.shape)}")
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.text_dim:
-            raise ValueError(f"text must be ({batch}, L, {self.text_dim}), got {tuple(text.shape)}")
-        if text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool:
-            want = tuple(text.shape[:2])
-            raise ValueError(f"text_mask must be bool of {want}, got {text_mask.dtype} of {tuple(text_mask.shape)}")
+        self.text.check(text, text_mask, batch)

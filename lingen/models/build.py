@@ -10,6 +10,7 @@ from torch import nn
 
 from lingen.models.backbone import Backbone
 from lingen.models.block import Block, Mixer
+from lingen.models.embed import TextEmbedding, TextProjection
 from lingen.models.mixers.attention import FullAttention
 from lingen.models.mixers.mamba1 import BidirectionalMamba1
 from lingen.models.mixers.mamba2 import BidirectionalMamba2
@@ -61,25 +62,28 @@ def _mamba(size: SizeConfig, mate: MateConfig, layer: int) -> Mixer:
 MIXERS: dict[str, Callable[[Config, int], Mixer]] = {"lingen": _mate, "dit": _full_attention}
 
 
-def make_model(config: Config, *, text_dim: int) -> Backbone:
+def make_model(config: Config) -> Backbone:
     """The model of a run, in fp32 on torch's default device, initialised from torch's generator.
 
     Under ``torch.device("meta")`` nothing is allocated.
 
     Args:
-        config: its sections model, size, autoencoder and engine are read.
-        text_dim: width of the text encoder's states.
+        config: its sections model, size, autoencoder, text and engine are read.
     """
     device = torch.get_default_device()
     size, make_mixer = config.size, MIXERS[config.model.name]
     with torch.device("meta"):  # so that each weight is written once, by initialise
+        projections = {
+            name: TextProjection(encoder.dim, size.d_model, encoder.projection)
+            for name, encoder in config.text.encoders.items()
+        }
         model = Backbone(
             [
                 Block(make_mixer(config, layer), size.d_model, size.head_dim, size.mlp_ratio)
                 for layer in range(config.depth)
             ],
             d_model=size.d_model,
-            text_dim=text_dim,
+            text=TextEmbedding(projections),
             channels=config.autoencoder.channels,
             patch=size.patch,
             activation_checkpointing=config.engine.activation_checkpointing,

@@ -1,14 +1,15 @@
 """What enters the blocks: patches of latents, their 3D positions, the noise level and the text.
 
 Shapes: B batch, C latent channels, (T, H, W) token grid of N = T*H*W tokens, (t, h, w) patch, D d_model, P head_dim,
-L text tokens, S width of the text encoder's states.
+L tokens of a text encoder, S width of its states.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -139,21 +140,62 @@ class SigmaEmbedding(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """The text encoder's states in the model's width, of unit RMS whatever the encoder's scale is."""
+    """A text encoder's states in the model's width, of unit RMS whatever the encoder's scale is.
 
-    def __init__(self, text_dim: int, d_model: int) -> None:
+    Two linear layers with a GELU between them (``mlp``), or one (``linear``: Movie Gen, section 3.1.4).
+    """
+
+    def __init__(self, text_dim: int, d_model: int, kind: Literal["mlp", "linear"]) -> None:
         super().__init__()
-        self.inner = nn.Linear(text_dim, d_model)
-        self.outer = nn.Linear(d_model, d_model)
+        self.text_dim = text_dim
+        self.inner = nn.Linear(text_dim, d_model) if kind == "mlp" else None
+        self.outer = nn.Linear(text_dim if self.inner is None else d_model, d_model)
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
 
     def forward(self, text: Tensor) -> Tensor:
         """(B, L, S) -> (B, L, D)."""
-        hidden = nn.functional.gelu(self.inner(text), approximate="tanh")
+        hidden = text if self.inner is None else nn.functional.gelu(self.inner(text), approximate="tanh")
         projected: Tensor = self.norm(self.outer(hidden))
         return projected
 
     def flops(self, text_tokens: int) -> int:
         """Forward FLOPs of one sample."""
-        d_model = self.outer.out_features
-        return 2 * text_tokens * d_model * (self.inner.in_features + d_model)
+        weights = sum(linear.weight.numel() for linear in (self.inner, self.outer) if linear is not None)
+        return 2 * text_tokens * weights
+
+
+class TextEmbedding(nn.Module):
+    """The states of all text encoders as one sequence of tokens, in the order of the encoders."""
+
+    def __init__(self, projections: Mapping[str, TextProjection]) -> None:
+        super().__init__()
+        self.encoders = tuple(projections)
+        for name, projection in projections.items():
+            self.add_module(f"from_{name}", projection)
+
+    def _of(self, name: str) -> TextProjection:
+        projection = self.get_submodule(f"from_{name}")
+        assert isinstance(projection, TextProjection)
+        return projection
+
+    def forward(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """(B, L, S) by encoder -> (B, sum(L), D), computed in ``dtype``."""
+        return torch.cat([self._of(name)(text[name].to(dtype)) for name in self.encoders], dim=1)
+
+    def flops(self, text_tokens: Mapping[str, int]) -> int:
+        """Forward FLOPs of one sample."""
+        return sum(self._of(name).flops(text_tokens[name]) for name in self.encoders)
+
+    def check(self, text: Mapping[str, Tensor], text_mask: Tensor, batch: int) -> None:
+        """Raises:
+        ValueError: the states or their mask have another shape or dtype; the message names what is wrong.
+        """
+        if set(text) != set(self.encoders):
+            raise ValueError(f"text must have the states of {', '.join(self.encoders)}, got {', '.join(text)}")
+        for name in self.encoders:
+            shape, dim = tuple(text[name].shape), self._of(name).text_dim
+            if len(shape) != 3 or shape[0] != batch or shape[2] != dim:
+                raise ValueError(f"text of {name} must be ({batch}, L, {dim}), got {shape}")
+        want = batch, sum(states.shape[1] for states in text.values())
+        if text_mask.shape != want or text_mask.dtype != torch.bool:
+            raise ValueError(f"text_mask must be bool of {want}, got {text_mask.dtype} of {tuple(text_mask.shape)}")

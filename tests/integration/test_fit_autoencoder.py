@@ -14,8 +14,8 @@ from data.decode import ClipInfo
 from data.encode import encode_mp4
 from data.shards import Record, write_shards
 from data.synthetic import render_clip
-from lingen.autoencoder import load_autoencoder
-from lingen.config import AutoencoderConfig
+from lingen.autoencoder_config import AutoencoderConfig
+from lingen.autoencoders import load_autoencoder
 
 ROOT = Path(__file__).parents[2]
 

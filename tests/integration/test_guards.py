@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+import lingen.diffusion
 import lingen.loop
 import lingen.records
 import lingen.run
-import lingen.step
 from lingen.compose import compose
 from lingen.errors import UserError
 from lingen.export import load_trained
@@ -49,7 +49,7 @@ def start(world: Any, tmp_path: Path) -> Start:
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[str]], None]:
     """Let the loss of every batch that has one of these keys be NaN, as a bad sample's would be."""
     keys: set[str] = set()
-    real = lingen.step.sample_losses
+    real = lingen.diffusion.sample_losses
     step = lingen.loop.train_step
     now = {"bad": False}
 
@@ -60,7 +60,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[str]], None]:
     def losses(*args: Any) -> torch.Tensor:
         return real(*args) * (float("nan") if now["bad"] else 1.0)
 
-    monkeypatch.setattr(lingen.step, "sample_losses", losses)
+    monkeypatch.setattr(lingen.diffusion, "sample_losses", losses)
     monkeypatch.setattr(lingen.loop, "train_step", train_step)
     return keys.update
 

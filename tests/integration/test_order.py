@@ -52,6 +52,7 @@ def make_index(folder: Path, count: int) -> Index:
         path=folder, shards=shards, key=[f"k{n}" for n in rows], caption=[""] * count, frames=frames,
         fps=np.where(frames > 1, 8.0, 0.0), height=np.full(count, 8), width=np.full(count, 8),
         bytes=np.full(count, SIZE), shard=rows // 32, offset=rows % 32 * SIZE, sha256=[""] * count, fingerprint="f",
+        begin=np.zeros(count), end=np.zeros(count), root=folder,
     )  # fmt: skip
 
 
@@ -66,7 +67,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     def tell(_: Index, i: int, *, verify: bool = True) -> bytes:
         return struct.pack("<q", i)
 
-    def show(media: bytes, *, frames: int, height: int, width: int, fps: float, start: float) -> torch.Tensor:
+    def show(
+        media: bytes, *, frames: int, height: int, width: int, fps: float, start: float, **_: object
+    ) -> torch.Tensor:
         pixels = torch.zeros(3, frames, height, width, dtype=torch.uint8)
         pixels.view(-1)[:16] = torch.frombuffer(bytearray(media + struct.pack("<d", start)), dtype=torch.uint8)
         return pixels

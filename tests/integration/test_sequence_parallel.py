@@ -71,7 +71,7 @@ def work(jobs: Path) -> None:
 
 def read_from(path: str, index: Index, row: int, *, verify: bool) -> bytes:
     """Read a member out of the shards in ``path`` instead."""
-    return read_member(replace(index, path=Path(path)), row, verify=verify)
+    return read_member(replace(index, path=Path(path), root=Path(path)), row, verify=verify)
 
 
 def damaged(world: Any, out: Path) -> Path:

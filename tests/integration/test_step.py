@@ -10,23 +10,28 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from data.batch import Batch, Bucket
-from lingen.config import EngineConfig, FlowConfig, OptimConfig
+from lingen.config import BucketConfig, EngineConfig, FlowConfig, OptimConfig, StageConfig
+from lingen.diffusion import Networks
 from lingen.dist import Dist, init
 from lingen.engine import make_engine
 from lingen.errors import UserError
 from lingen.guard import Guard
 from lingen.operation_config import GuardConfig
-from lingen.step import Networks, step_keys, train_step
+from lingen.step import step_keys, train_step
 from tests.conftest import Command
 
 BROKEN, WHOLE = 255, 100  # pixels
+STAGE = StageConfig(
+    name="s", buckets=[BucketConfig(frames=1, height=4, width=4, batch_size=4)], samples=4, lr=0.1, timestep_shift=1.0
+)
 
 
 class Model(nn.Module):
@@ -34,7 +39,9 @@ class Model(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((3, 1, 1, 1), 0.5))
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, states: dict[str, torch.Tensor], mask: torch.Tensor
+    ) -> torch.Tensor:
         return x * self.weight  # (B, 3, F, H, W)
 
 
@@ -45,10 +52,12 @@ class Autoencoder:
 
 
 class Text:
-    length = 1
+    dropout: ClassVar[dict[str, float]] = {}
 
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(captions), 1, 1), torch.ones(len(captions), 1, dtype=torch.bool)
+    def encode(
+        self, captions: list[str], left_out: list[set[str]], stored: None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return {}, torch.ones(len(captions), 1, dtype=torch.bool)
 
 
 def batch(dist: Dist, level: int = WHOLE, *, valid: bool = True) -> Batch:
@@ -73,13 +82,14 @@ def work(out: Path) -> None:
     def make() -> Networks:
         model = Model()
         engine = make_engine(model, EngineConfig(), OptimConfig(), dist)
-        return Networks(engine, model, Autoencoder(), Text(), dist.device, torch.float32)  # type: ignore[arg-type]
+        config = SimpleNamespace(seed=0, flow=FlowConfig())
+        return Networks(engine, Autoencoder(), Text(), dist.device, torch.float32, config)  # type: ignore[arg-type]
 
     disturbed = make()
 
     def state(networks: Networks) -> list[Any]:
         parts = [t.tolist() for f in networks.engine.fragments() for t in (f.master, f.exp_avg, f.exp_avg_sq)]
-        return [*parts, networks.engine.steps, networks.model.weight.flatten().tolist()]  # type: ignore[operator]
+        return [*parts, networks.engine.steps, networks.engine.model.weight.flatten().tolist()]  # type: ignore[operator]
 
     def take(
         batches: list[Batch],
@@ -92,7 +102,7 @@ def work(out: Path) -> None:
         heard: dict[str, Any] = {"keys": step_keys(batches, dist)}
         try:
             result = train_step(
-                networks, batches, lr=0.1, seed=0, samples_seen=0, shift=1.0, flow=FlowConfig(), dist=dist,
+                networks, batches, lr=0.1, stage=STAGE, samples_seen=0, dist=dist,
                 votes=lambda: [float(dist.rank == 0), 10.0 + dist.rank], refuse=refuse, lost=lost,
             )  # fmt: skip
             heard |= {**vars(result), "loss": str(result.loss)}

@@ -256,7 +256,7 @@ def test_the_plan_is_printed_and_nothing_is_written(runs: Path, world: Any, pyth
         (["stages.demo_video.fps=1"], ["stages.demo_video", "17x64x64", "is empty", "longer clips"]),
         (["data.path=/nowhere"], ["data.path=/nowhere"]),
         (["autoencoder.path=/nowhere.safetensors"], ["autoencoder.path=/nowhere.safetensors", "fit_autoencoder"]),
-        (["text.path=/nowhere"], ["text.path=/nowhere"]),
+        (["text.encoders.minilm.path=/nowhere"], ["text.encoders.minilm.path=/nowhere"]),
         (["init_from=/nowhere"], ["init_from=/nowhere", "manifest.json"]),
         (["init_from={dit}"], ["init_from=", "another architecture", "model.name=dit there, lingen here"]),
         (["stages.demo_image.buckets.0.frames=8"], ["frames=8", "1 or 9"]),

@@ -17,7 +17,8 @@ from lingen.models import make_model
 
 NAMES = ["lingen", "dit"]
 PATHS = ["name=test", "data.path=none", "autoencoder.path=none"]
-TEXT_DIM, TEXT_TOKENS = 24, 7
+TEXT_DIM, TEXT_TOKENS = 384, {"minilm": 7}
+PAPER_TOKENS = {"minilm": 512}
 
 
 @cache
@@ -25,17 +26,17 @@ def config(name: str, *overrides: str) -> Config:
     return compose([f"model={name}", *PATHS, *overrides])
 
 
-def inputs(grid: tuple[int, int, int], batch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(grid: tuple[int, int, int], batch: int = 1) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, 16, grid[0], 2 * grid[1], 2 * grid[2], generator=generator)
-    text = torch.randn(batch, TEXT_TOKENS, TEXT_DIM, generator=generator)
-    return latents, torch.full((batch,), 0.3), text, torch.ones(batch, TEXT_TOKENS, dtype=torch.bool)
+    text = {name: torch.randn(batch, count, TEXT_DIM, generator=generator) for name, count in TEXT_TOKENS.items()}
+    return latents, torch.full((batch,), 0.3), text, torch.ones(batch, sum(TEXT_TOKENS.values()), dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grid", [(1, 4, 4), (5, 8, 8), (3, 11, 9), (2, 16, 16)])
 def test_flops_are_what_torch_counts(name: str, grid: tuple[int, int, int]) -> None:
-    model = make_model(config(name), text_dim=TEXT_DIM)
+    model = make_model(config(name))
     # torch does not count its fused CPU attention, but does count the matmuls of the plain one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs(grid))
@@ -45,7 +46,7 @@ def test_flops_are_what_torch_counts(name: str, grid: tuple[int, int, int]) -> N
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "1b", "4b"])
 def test_models_of_one_size_have_as_many_parameters(size: str) -> None:
     with torch.device("meta"):
-        models = [make_model(config(name, f"size={size}"), text_dim=384) for name in NAMES]
+        models = [make_model(config(name, f"size={size}")) for name in NAMES]
     lingen, dit = (sum(weight.numel() for weight in model.parameters()) for model in models)
     assert abs(lingen / dit - 1) < 0.03
     if size == "4b":
@@ -55,16 +56,17 @@ def test_models_of_one_size_have_as_many_parameters(size: str) -> None:
 def test_the_published_flop_ratios_come_out() -> None:
     """LinGen publishes 5x, 8x and 15x at 17, 34 and 68 seconds; 512x896 pixels, 512 text tokens."""
     with torch.device("meta"):
-        lingen, dit = (make_model(config(name, "size=4b"), text_dim=384) for name in NAMES)
-    ratios = [dit.flops((frames, 32, 56), 512) / lingen.flops((frames, 32, 56), 512) for frames in (34, 68, 136)]
+        lingen, dit = (make_model(config(name, "size=4b")) for name in NAMES)
+    grids = [(frames, 32, 56) for frames in (34, 68, 136)]
+    ratios = [dit.flops(grid, PAPER_TOKENS) / lingen.flops(grid, PAPER_TOKENS) for grid in grids]
     assert ratios == pytest.approx([5, 8, 15], rel=0.1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_of_lingen_grow_linearly_and_of_dit_faster(name: str) -> None:
     with torch.device("meta"):
-        model = make_model(config(name, "size=4b"), text_dim=384)
-    growth = model.flops((128, 32, 32), 512) / model.flops((32, 32, 32), 512)
+        model = make_model(config(name, "size=4b"))
+    growth = model.flops((128, 32, 32), PAPER_TOKENS) / model.flops((32, 32, 32), PAPER_TOKENS)
     assert growth < 4.01 if name == "lingen" else growth > 8
 
 
@@ -72,7 +74,7 @@ def test_flops_of_lingen_grow_linearly_and_of_dit_faster(name: str) -> None:
 @pytest.mark.parametrize("grid", [(1, 4, 4), (5, 8, 8)])
 def test_bf16_is_close_to_fp32_and_no_part_leaks_another_dtype(name: str, grid: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    model = make_model(config(name), text_dim=TEXT_DIM)
+    model = make_model(config(name))
     with torch.no_grad():
         for weight in model.parameters():  # wake up what starts at zero, in both precisions alike
             weight.add_(0.02 * torch.randn_like(weight)).copy_(weight.bfloat16())

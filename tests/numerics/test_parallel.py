@@ -28,6 +28,7 @@ WORLD, TEXT_DIM = 4, 12
 WORDS = [
     "name=test", "data.path=none", "autoencoder.path=none", "autoencoder.channels=4", "size.d_model=32",
     "size.head_dim=8", "size.d_state=8", "size.mlp_ratio=2", "size.depth={lingen: 2, dit: 2}",
+    f"text.encoders.minilm.dim={TEXT_DIM}",
 ]  # fmt: skip
 LINGEN = ["model=lingen", "model.mate.mamba_head_dim=8", "model.mate.window=[2,3,3]"]
 MATE = "model.mate."
@@ -65,7 +66,7 @@ def config(name: str) -> Config:
 def make(name: str, dtype: torch.dtype) -> Backbone:
     """A model whose gates and heads are awake."""
     torch.manual_seed(0)
-    model = make_model(config(name), text_dim=TEXT_DIM)
+    model = make_model(config(name))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
@@ -77,7 +78,7 @@ def run(model: Backbone, grid: tuple[int, int, int], ranks: int) -> tuple[Tensor
     generator, dtype = torch.Generator().manual_seed(1), next(model.parameters()).dtype
     latents = torch.randn(2, 4, grid[0], 2 * grid[1], 2 * grid[2], generator=generator).to(dtype)
     target = torch.randn(latents.shape, generator=generator)
-    text = torch.randn(2, 5, TEXT_DIM, generator=generator)
+    text = {"minilm": torch.randn(2, 5, TEXT_DIM, generator=generator)}
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     velocity = model(latents, torch.tensor([0.3, 0.8]), text, mask)
     ((velocity - target).square().mean() / ranks).backward()

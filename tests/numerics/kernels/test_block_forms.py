@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,12 @@ KERNELS = ("conv", "norm", "window")
 TINY = [
     *("model=lingen", "name=test", "data.path=none", "autoencoder.path=none", "autoencoder.channels=4"),
     *("size.d_model=16", "size.head_dim=16", "size.d_state=4", "size.mlp_ratio=1"),
-    *("model.mate.mamba_head_dim=16", "model.mate.chunk_size=16", "model.mate.window=[2,2,4]"),
+    *(
+        "model.mate.mamba_head_dim=16",
+        "model.mate.chunk_size=16",
+        "model.mate.window=[2,2,4]",
+        "text.encoders.minilm.dim=8",
+    ),
 ]
 # Layers 0 to 3 have all four orders, and windows that are shifted on odd ones.
 CASES = [
@@ -34,7 +40,7 @@ def forget_the_forms() -> Iterator[None]:
     forms.ask({}, CPU)
 
 
-def results(model: Backbone, arguments: tuple[Tensor, ...], form: str) -> dict[str, Tensor]:
+def results(model: Backbone, arguments: tuple[Any, ...], form: str) -> dict[str, Tensor]:
     """The velocity, and the gradients of the latents and of every weight."""
     forms.ask(dict.fromkeys(KERNELS, form), CPU)
     assert all(forms.chosen(kernel, CPU) == form for kernel in KERNELS)
@@ -50,12 +56,13 @@ def results(model: Backbone, arguments: tuple[Tensor, ...], form: str) -> dict[s
 def test_triton_and_torch_agree(grid: tuple[int, int, int], batch: int, layers: int, words: list[str]) -> None:
     torch.manual_seed(0)
     depth = f"size.depth={{lingen: {layers}, dit: {layers}}}"
-    model = make_model(compose([*TINY, depth, *words]), text_dim=8)
+    model = make_model(compose([*TINY, depth, *words]))
     with torch.no_grad():
         for weight in model.parameters():  # wake up what starts at zero
             weight.add_(0.05 * torch.randn_like(weight))
     latents = torch.randn(batch, 4, grid[0], 2 * grid[1], 2 * grid[2])
-    arguments = (latents, torch.rand(batch), torch.randn(batch, 3, 8), torch.ones(batch, 3, dtype=torch.bool))
+    text = {"minilm": torch.randn(batch, 3, 8)}
+    arguments = (latents, torch.rand(batch), text, torch.ones(batch, 3, dtype=torch.bool))
     want, got = (results(model, arguments, form) for form in ("torch", "triton"))
     largest = max(gradient.abs().max() for gradient in want.values())
     for name, tensor in want.items():

@@ -34,6 +34,9 @@ def make_index(frames: list[int], fps: list[float]) -> Index:
         offset=0 * ones,
         sha256=["0"] * count,
         fingerprint="f",
+        begin=np.zeros(count),
+        end=np.zeros(count),
+        root=Path("unused"),
     )
 
 

@@ -329,7 +329,7 @@ def test_batch_size_must_divide(index: Index, data_config: MakeConfig) -> None:
         make_loader(index, make_stage(), data_config(), world=5)
 
 
-def test_shared_memory_too_small_is_refused(index: Index, data_config: MakeConfig) -> None:
+def test_more_batches_ahead_than_memory_holds_are_refused(index: Index, data_config: MakeConfig) -> None:
     bucket = BucketConfig(frames=5, height=80_000, width=80_000, batch_size=64)
     stage = StageConfig(name="s", buckets=[bucket], samples=8, lr=1, fps=8)
     with pytest.raises(UserError, match=r"data\.prefetch"):

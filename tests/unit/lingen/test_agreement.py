@@ -75,7 +75,7 @@ def compare(ranks: list[Rank], monkeypatch: pytest.MonkeyPatch) -> tuple[list[st
         HERE.meeting, HERE.number, HERE.rank = meeting, number, rank
         try:
             dist = ThreadDist(number, len(ranks), 0, torch.device("cpu"))
-            refuse_disagreement(rank.config, rank.index, rank.autoencoder, dist)
+            refuse_disagreement(rank.config, rank.index, {"autoencoder": rank.autoencoder}, dist)
             messages[number] = ""
         except UserError as error:
             messages[number] = str(error)
@@ -147,7 +147,7 @@ def test_many_that_differ_are_counted(config: Config, monkeypatch: pytest.Monkey
 def test_all_sources_count_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         path.relative_to(ROOT).as_posix() for folder in ("lingen", "data") for path in (ROOT / folder).rglob("*.py")
-    }
+    } | {"scripts/train_autoencoder.py"}
     versions = {"python", "torch", "deepspeed", "numpy"}
     assert code().keys() == {"train.py", *names} | versions
     assert code()["torch"] == torch.__version__ and code()["deepspeed"] != "missing"
@@ -178,7 +178,7 @@ def test_two_real_ranks_from_two_checkouts(tmp_path: Path) -> None:
 from lingen.agreement import refuse_disagreement
 from lingen.compose import compose
 from lingen.dist import init
-refuse_disagreement(compose({WORDS}), "f" * 64, "a" * 64, init("cpu"))
+refuse_disagreement(compose({WORDS}), "f" * 64, {{"autoencoder": "a" * 64}}, init("cpu"))
 """
     ranks = [
         subprocess.Popen(

@@ -140,14 +140,14 @@ def test_all_damaged_is_an_error_and_no_new_start(three: Path) -> None:
         checkpoint.latest(three, ONE)
 
 
-@pytest.mark.parametrize("schema", [1, 3])
+@pytest.mark.parametrize("schema", [2, 4])
 def test_another_schema_is_no_damage(
     three: Path, schema: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else the run would go on from an older one, and in time overwrite this."""
     newest = three / "step_00000006"
     edit(newest, lambda t: t.update(schema_version=schema, something_new=1))
-    says = f"{newest}/manifest.json is of schema {schema}, and this version of the code knows schema 2"
+    says = f"{newest}/manifest.json is of schema {schema}, and this version of the code knows schema 3"
     for open_it in (checkpoint.latest, checkpoint.open_checkpoint):
         with pytest.raises(UserError, match=says):
             open_it(three, ONE)

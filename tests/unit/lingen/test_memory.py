@@ -60,7 +60,11 @@ def without_average(memory: Memory) -> int:
     ],
 )
 def test_the_prediction_holds(size: str, grid: Grid, model: str, dtype: str, checkpointing: bool) -> None:
-    words = (f"engine.dtype={dtype}", f"engine.activation_checkpointing={checkpointing}", "text.length=16")
+    words = (
+        f"engine.dtype={dtype}",
+        f"engine.activation_checkpointing={checkpointing}",
+        "text.encoders.minilm.length=16",
+    )
     config = bench_config(model, size, *words)
     memory = predict(config, grid, batch=1, world=1, kernels=planned_forms(config, "cpu"))
     step, building = measured(config, grid)
@@ -70,7 +74,9 @@ def test_the_prediction_holds(size: str, grid: Grid, model: str, dtype: str, che
 
 @pytest.mark.parametrize("word", ["ssm=mamba1", "te=false", "ma=false", "review_pool=null", "projections=separate"])
 def test_every_mixer_can_be_predicted(word: str) -> None:
-    config = bench_config("lingen", "tiny", f"model.mate.{word}", "text.length=16", "size.depth.lingen=3")
+    config = bench_config(
+        "lingen", "tiny", f"model.mate.{word}", "text.encoders.minilm.length=16", "size.depth.lingen=3"
+    )
     memory = predict(config, (4, 12, 12), batch=1, world=1, kernels=planned_forms(config, "cpu"))
     assert without_average(memory) == pytest.approx(measured(config, (4, 12, 12))[0], rel=0.1)
 
@@ -85,7 +91,13 @@ def fused() -> Iterator[dict[str, str]]:
 
 
 def test_fused_kernels_are_predicted_by_what_they_allocate(fused: dict[str, str]) -> None:
-    words = ("size.d_model=32", "size.head_dim=16", "size.d_state=8", "size.depth.lingen=2", "text.length=4")
+    words = (
+        "size.d_model=32",
+        "size.head_dim=16",
+        "size.d_state=8",
+        "size.depth.lingen=2",
+        "text.encoders.minilm.length=4",
+    )
     mate = ("model.mate.mamba_head_dim=16", "model.mate.chunk_size=16", "model.mate.window=[2,2,2]")
     config = bench_config("lingen", "tiny", *words, *mate)
     grid = (2, 2, 4)
@@ -151,7 +163,7 @@ from lingen.bench.workload import Subject
 from lingen.dist import init
 init("cpu")
 for level in (0, 1, 2, 3):
-    words = (f"engine=zero{level}", "engine.device=cpu", "engine.dtype=bf16", "text.length=16")
+    words = (f"engine=zero{level}", "engine.device=cpu", "engine.dtype=bf16", "text.encoders.minilm.length=16")
     config = bench_config("dit", "tiny", *words)
     memory = predict(config, (4, 16, 16), batch=1, world=1, kernels=planned_forms(config, "cpu"))
     subject, resident, _ = allocated(lambda: Subject(config, CPU, train=True))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.shards import load_index
-from lingen import plan as plans
+from lingen import diffusion
 from lingen.compose import compose
 from lingen.config import Config
 from lingen.errors import UserError
@@ -73,7 +73,7 @@ def test_memory_that_cannot_be_worked_out_stops_nothing(
     def fails(*_: Any, **__: Any) -> Any:
         raise AttributeError("'Autotuner' object has no attribute 'configs'")
 
-    monkeypatch.setattr(plans, "predict", fails)
+    monkeypatch.setattr(diffusion, "predict", fails)
     config = planned[0]
     plan = make_plan(config, load_index(world.shards), world=1, device="cpu")
     refuse_too_large(config, plan, CPU)

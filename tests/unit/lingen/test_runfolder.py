@@ -28,7 +28,7 @@ def words(tmp_path: Path) -> list[str]:
         ("flow.logit_std=0.5", r"flow\.logit_std=1\.0, not 0\.5"),
         ("ema.rampup=0.5", r"ema\.rampup=0\.05, not 0\.5"),
         ("autoencoder.channels=4", r"autoencoder\.channels=16, not 4"),
-        ("text.length=9", r"text\.length=\d+, not 9"),
+        ("text.encoders.minilm.length=9", r"text\.encoders\.minilm\.length=32, not 9"),
     ],
 )
 def test_what_makes_another_experiment_is_named(word: str, named: str, words: list[str]) -> None:
@@ -39,7 +39,8 @@ def test_what_makes_another_experiment_is_named(word: str, named: str, words: li
 @pytest.mark.parametrize(
     "word",
     [
-        *("data.path=moved", "autoencoder.path=moved", "text.cache=1", "data.workers=7", "data.verify_checksums=false"),
+        *("data.path=moved", "autoencoder.path=moved", "data.workers=7", "data.verify_checksums=false"),
+        *("text.cache=1", "text.encoders.minilm.path=moved"),
         *("validation.every_steps=9", "optim.weight_decay=0.5", "stages.demo_video.lr=1e-5", "engine=zero2"),
     ],
 )

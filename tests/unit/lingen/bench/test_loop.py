@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import lingen.step
+import lingen.diffusion
 from data.shards import load_index
 from lingen.bench import loop
 from lingen.bench.ledger import Ledger
@@ -79,9 +79,9 @@ def rendered(world: Any, tmp_path: Path) -> World:
 
 
 def test_what_does_not_train_is_the_loops(rendered: World) -> None:
-    before = (lingen.step.batch_losses, TorchEngine.step, TorchEngine.backward)
+    before = (lingen.diffusion.batch_losses, TorchEngine.step, TorchEngine.backward)
     found = loop.measure_step(rendered, LoopWords(size="tiny", pixels=64, steps=3))
-    assert (lingen.step.batch_losses, TorchEngine.step, TorchEngine.backward) == before
+    assert (lingen.diffusion.batch_losses, TorchEngine.step, TorchEngine.backward) == before
     parts = {name: value for name, value in found.items() if name.endswith("_ms") and not name.startswith("own")}
     wanted = {"metrics", "guard", "position", "saver", "watchdog", "loop", "receiving"}
     assert parts.keys() == {f"{name}_ms" for name in wanted} and min(parts.values()) > 0

@@ -44,7 +44,7 @@ def test_the_ladder_has_every_published_stage() -> None:
     stages = {stage.name: stage for stage in ladder("tiny")}
     assert list(stages) == names
     assert str(largest_bucket(stages["t2v_512_34s"])) == "537x512x896"
-    assert bench_config("dit", "4b").text.length == 512
+    assert bench_config("dit", "4b").text.lengths == {"minilm": 512}
 
 
 def test_flops_of_the_4b_pair() -> None:
@@ -94,7 +94,7 @@ def test_a_training_step_trains() -> None:
 
 
 def subject(*words: str, train: bool = False) -> Subject:
-    return Subject(bench_config("dit", "tiny", "text.length=8", *words), CPU, train=train)
+    return Subject(bench_config("dit", "tiny", "text.encoders.minilm.length=8", *words), CPU, train=train)
 
 
 def test_compiled_blocks_share_the_weights_and_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

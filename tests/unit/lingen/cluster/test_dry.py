@@ -37,6 +37,9 @@ def index_of(samples: int) -> Index:
         offset=rows,
         sha256=[""] * samples,
         fingerprint="",
+        begin=np.zeros(samples),
+        end=np.zeros(samples),
+        root=Path("nowhere"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ from lingen.models import Backbone, make_model
 NAMES = ["lingen", "dit"]
 PATHS = ["name=test", "data.path=none", "autoencoder.path=none"]
 TEXT_DIM = 24
-SMALL = ["size.d_model=64", "size.depth={lingen: 3, dit: 3}", "autoencoder.channels=4"]
+SMALL = [
+    "size.d_model=64",
+    "size.depth={lingen: 3, dit: 3}",
+    "autoencoder.channels=4",
+    f"text.encoders.minilm.dim={TEXT_DIM}",
+]
 
 
 @cache
@@ -30,21 +36,23 @@ def config(name: str, *overrides: str) -> Config:
 def model(name: str, *overrides: str) -> Backbone:
     """A small model whose zero-initialised weights are woken up, so that every part matters."""
     torch.manual_seed(0)
-    made = make_model(config(name, *overrides), text_dim=TEXT_DIM)
+    made = make_model(config(name, *overrides))
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
     return made
 
 
-def inputs(latent: tuple[int, int, int] = (3, 4, 6), batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    latent: tuple[int, int, int] = (3, 4, 6), batch: int = 2
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """Latents, sigma, text and its mask, always the same."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.arange(7)[None] < torch.arange(2, 2 + batch)[:, None]
     return (
         torch.randn(batch, 4, *latent, generator=generator),
         torch.rand(batch, generator=generator),
-        torch.randn(batch, 7, TEXT_DIM, generator=generator),
+        {"minilm": torch.randn(batch, 7, TEXT_DIM, generator=generator)},
         mask,
     )
 
@@ -64,7 +72,7 @@ def test_the_models_differ_by_the_mixer_alone() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_velocity_starts_at_zero_and_learns(name: str) -> None:
-    made = make_model(config(name), text_dim=TEXT_DIM)
+    made = make_model(config(name))
     arguments = inputs()
     velocity = made(*arguments)
     assert velocity.shape == arguments[0].shape and not velocity.any()
@@ -99,7 +107,8 @@ def test_samples_do_not_see_each_other(name: str) -> None:
     made, (latents, sigma, text, mask) = model(name), inputs(batch=3)
     order = torch.tensor([2, 0, 1])
     torch.testing.assert_close(
-        made(latents[order], sigma[order], text[order], mask[order]), made(latents, sigma, text, mask)[order]
+        made(latents[order], sigma[order], {"minilm": text["minilm"][order]}, mask[order]),
+        made(latents, sigma, text, mask)[order],
     )
 
 
@@ -107,9 +116,10 @@ def test_samples_do_not_see_each_other(name: str) -> None:
 def test_masked_text_changes_nothing_and_text_something(name: str) -> None:
     made, (latents, sigma, text, mask) = model(name), inputs()
     velocity = made(latents, sigma, text, mask)
-    masked = torch.where(mask[..., None], text, 9 * torch.ones_like(text))
+    masked = {name: torch.where(mask[..., None], states, 9.0) for name, states in text.items()}
+    moved = {name: states + 1.0 for name, states in text.items()}
     assert torch.equal(made(latents, sigma, masked, mask), velocity)
-    assert not torch.allclose(made(latents, sigma, text + 1.0, mask), velocity, atol=1e-3)
+    assert not torch.allclose(made(latents, sigma, moved, mask), velocity, atol=1e-3)
     assert not torch.allclose(made(latents, 1 - sigma, text, mask), velocity, atol=1e-3)
 
 
@@ -129,7 +139,7 @@ def test_the_seed_decides_the_weights(name: str) -> None:
     weights = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        made = make_model(config(name), text_dim=TEXT_DIM)
+        made = make_model(config(name))
         weights.append(torch.cat([weight.flatten() for weight in made.parameters()]))
     assert weights[0].isfinite().all()
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -138,9 +148,9 @@ def test_the_seed_decides_the_weights(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_device_allocates_nothing(name: str) -> None:
     with torch.device("meta"):
-        made = make_model(config(name), text_dim=TEXT_DIM)
+        made = make_model(config(name))
     assert all(weight.is_meta for weight in made.parameters())
-    assert made.flops((5, 4, 4), 7) > 0
+    assert made.flops((5, 4, 4), {"minilm": 7}) > 0
 
 
 @pytest.mark.parametrize(
@@ -150,13 +160,14 @@ def test_meta_device_allocates_nothing(name: str) -> None:
         (0, torch.zeros(2, 4, 4, 4), "latents must be"),
         (0, torch.zeros(2, 4, 1, 5, 4), "latents of .* not a multiple of the patch"),
         (1, torch.zeros(2, 1), r"sigma must be \(2,\)"),
-        (2, torch.zeros(2, 7, TEXT_DIM + 1), f"text must be \\(2, L, {TEXT_DIM}\\)"),
+        (2, {"minilm": torch.zeros(2, 7, TEXT_DIM + 1)}, f"text of minilm must be \\(2, L, {TEXT_DIM}\\)"),
+        (2, {"t5": torch.zeros(2, 7, TEXT_DIM)}, "text must have the states of minilm, got t5"),
         (3, torch.ones(2, 6, dtype=torch.bool), r"text_mask must be bool of \(2, 7\)"),
         (3, torch.ones(2, 7), "text_mask must be bool"),
     ],
 )
-def test_a_wrong_argument_is_named(argument: int, value: Tensor, message: str) -> None:
-    arguments = list(inputs((1, 4, 4)))
+def test_a_wrong_argument_is_named(argument: int, value: Any, message: str) -> None:
+    arguments: list[Any] = list(inputs((1, 4, 4)))
     arguments[argument] = value
     with pytest.raises(ValueError, match=message):
         model("dit")(*arguments)
@@ -164,4 +175,4 @@ def test_a_wrong_argument_is_named(argument: int, value: Tensor, message: str) -
 
 def test_heads_that_do_not_divide_are_the_users_to_mend() -> None:
     with pytest.raises(UserError, match=r"model\.mate\.mamba_head_dim=48 must divide"):
-        make_model(config("lingen", "model.mate.mamba_head_dim=48"), text_dim=TEXT_DIM)
+        make_model(config("lingen", "model.mate.mamba_head_dim=48"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 
 from lingen.models.embed import (
     SigmaEmbedding,
+    TextEmbedding,
     TextProjection,
     patchify,
     position_embedding,
@@ -87,8 +89,27 @@ def test_sigma_embedding_tells_close_levels_apart() -> None:
     assert (embedded[1] - embedded[2]).norm() > 1e-2 * (embedded[0] - embedded[3]).norm()
 
 
-def test_text_has_unit_rms_whatever_the_encoders_scale() -> None:
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_text_has_unit_rms_whatever_the_encoders_scale(kind: Literal["mlp", "linear"]) -> None:
     torch.manual_seed(0)
     text = 100 * torch.randn(2, 3, 24)
-    projected = TextProjection(24, 64)(text)
+    projected = TextProjection(24, 64, kind)(text)
     torch.testing.assert_close(projected.pow(2).mean(-1), torch.ones(2, 3), rtol=1e-4, atol=0)
+
+
+def test_several_encoders_are_one_sequence_in_their_order() -> None:
+    torch.manual_seed(0)
+    parts = {"t5": TextProjection(24, 64, "mlp"), "clip": TextProjection(8, 64, "linear")}
+    embedding = TextEmbedding(parts)
+    text = {"clip": torch.randn(2, 5, 8), "t5": torch.randn(2, 3, 24)}  # the encoders' order counts, not this one
+    joined = embedding(text, torch.float32)
+    assert joined.shape == (2, 8, 64)
+    assert torch.equal(joined[:, :3], parts["t5"](text["t5"])) and torch.equal(
+        joined[:, 3:], parts["clip"](text["clip"])
+    )
+    counted = {name: len(text[name][0]) for name in parts}
+    assert embedding.flops(counted) == 2 * (3 * 64 * (24 + 64) + 5 * 64 * 8)
+    assert {name.split(".")[0] for name, _ in embedding.named_parameters()} == {"from_t5", "from_clip"}
+    embedding.check(text, torch.ones(2, 8, dtype=torch.bool), 2)
+    with pytest.raises(ValueError, match=r"text_mask must be bool of \(2, 8\)"):
+        embedding.check(text, torch.ones(2, 5, dtype=torch.bool), 2)

@@ -1,45 +1,27 @@
-"""The latent space: clips to whitened latents and back. The embedded one is a PCA of causal patches.
+"""The embedded autoencoder: a PCA of causal patches, fitted in seconds.
 
 Shapes: B clips, F = t*k + 1 frames, H height, W width in pixels; C channels; t, s the ratios in time and space;
 h = H/s, w = W/s; D = 3*t*s*s numbers of a patch; N patches.
 
-An autoencoder is *causal*: the first latent frame stands for the first frame alone, each later one for t more frames.
-Here that first frame is seen as t equal ones, so an image is a clip of one frame and needs no code of its own.
+The first latent frame stands for the first frame alone, which is seen as t equal ones: so an image needs no code of its
+own.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
-from lingen.config import AutoencoderConfig
+from lingen.autoencoder_config import AutoencoderConfig
+from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
+from lingen.autoencoders.tiles import tiled
 from lingen.errors import UserError
 
 LEAST_STD = 1e-4  # of a channel; pixels are in [-1, 1]. Below it whitening would blow up rounding
-
-
-class Autoencoder(Protocol):
-    """What the training loop and the sampler need to know of an autoencoder."""
-
-    channels: int
-    time: int
-    space: int
-    fingerprint: str  # of the weights: runs with different ones cannot be compared
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, t*k + 1, H, W), uint8 or float in [-1, 1] -> latents (B, C, k + 1, h, w) fp32, each channel of about
-        mean 0 and variance 1."""
-        ...
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, k + 1, h, w) -> float pixels in [-1, 1], (B, 3, t*k + 1, H, W)."""
-        ...
 
 
 class PcaAutoencoder:
@@ -53,7 +35,7 @@ class PcaAutoencoder:
 
     def __init__(self, basis: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, device: torch.device | str) -> None:
         self.channels, _, self.time, self.space, _ = basis.shape
-        self.fingerprint = _fingerprint({"basis": basis, "mean": mean, "std": std})
+        self.fingerprint = fingerprint({"basis": basis, "mean": mean, "std": std})
         into = basis / std.view(-1, 1, 1, 1, 1)
         out_of = basis * std.view(-1, 1, 1, 1, 1)
         self._bias = -(into * mean).sum((1, 2, 3, 4)).to(device)  # (C,)
@@ -69,11 +51,9 @@ class PcaAutoencoder:
         Raises:
             ValueError: F is not t*k + 1, or H or W is not a multiple of s.
         """
-        frames, height, width = pixels.shape[2:]
-        if (frames - 1) % self.time or height % self.space or width % self.space:
-            raise ValueError(f"{frames}x{height}x{width} is not ({self.time}*k + 1) x multiples of {self.space}")
+        refuse_other_shapes(self, pixels)
         parts = [self._encode(pixels[:, :, :1], self._into_first)]
-        for first in range(1, frames, self.time):
+        for first in range(1, pixels.shape[2], self.time):
             parts.append(self._encode(pixels[:, :, first : first + self.time], self._into))
         return torch.cat(parts, dim=2)  # (B, C, k + 1, h, w)
 
@@ -106,8 +86,8 @@ class PcaAutoencoder:
         return clip.reshape(batch, 3, weight.shape[2], height * self.space, width * self.space)
 
 
-def load_autoencoder(config: AutoencoderConfig, device: torch.device | str) -> PcaAutoencoder:
-    """The autoencoder that ``config.path`` holds, on ``device``.
+def load_pca(config: AutoencoderConfig, device: torch.device | str) -> Autoencoder:
+    """The PCA that the file ``config.path`` holds, on ``device``, in tiles where the configuration says so.
 
     Raises:
         UserError: the file is missing or damaged, or its ratios or channels are not those of the configuration.
@@ -125,12 +105,9 @@ def load_autoencoder(config: AutoencoderConfig, device: torch.device | str) -> P
         raise UserError(
             f"{where} does not hold a '{config.kind}' autoencoder; name a file that scripts/fit_autoencoder.py wrote"
         )
-    for key, there in zip(("channels", "time", "space"), (tensors["basis"].shape[i] for i in (0, 2, 3)), strict=True):
-        if getattr(config, key) != there:
-            raise UserError(
-                f"autoencoder.{key}={getattr(config, key)}, but {path} has {there}; set autoencoder.{key}={there}"
-            )
-    return PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], device)
+    channels, _, time, space, _ = tensors["basis"].shape
+    refuse_other_ratios(config, channels, time, space)
+    return tiled(PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], device), config.tile)
 
 
 def fit_pca(
@@ -198,16 +175,3 @@ def _patches(clip: torch.Tensor, time: int, space: int) -> torch.Tensor:
     _, frames, height, width = clip.shape
     grid = clip.view(3, frames // time, time, height // space, space, width // space, space)
     return to_float(grid.permute(1, 3, 5, 0, 2, 4, 6).reshape(-1, 3 * time * space * space))
-
-
-def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 -> [-1, 1]; float pixels as they are, in fp32."""
-    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels.float()
-
-
-def _fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

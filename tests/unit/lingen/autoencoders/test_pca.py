@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from data.synthetic import render_clip
-from lingen.autoencoder import PcaAutoencoder, fit_pca, load_autoencoder, to_float
-from lingen.config import AutoencoderConfig
+from lingen.autoencoder_config import AutoencoderConfig
+from lingen.autoencoders import load_autoencoder, to_float
+from lingen.autoencoders.pca import PcaAutoencoder, fit_pca
 from lingen.errors import UserError
 
 T, S, C = 4, 4, 10  # a small one, for all but the rendered world

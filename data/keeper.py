@@ -1,0 +1,274 @@
+"""A worker that may die: a process in which samples are made, and a keeper beside it that replaces it.
+
+    parent  --job, memory-->  keeper  --job, memory-->  worker
+
+The parent makes a file in memory for each job's pixels and passes it on; the worker fills it in, sample after sample,
+and says what came of each. The keeper decodes nothing, so it outlives what kills a worker. It blames the sample that a
+worker died at, tries it once more alone in a new worker, and calls it a hole if that dies too: the same sample, each
+time and on each machine. A worker that holds too much memory is replaced between two samples.
+
+Both are forks. The keeper is forked when the loader starts and has one thread, so that it can fork workers safely later
+on, when the parent has threads of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any, Generic, TypeVar
+
+import psutil
+import torch
+
+from data.video import BadSample
+from lingen.errors import UserError
+
+J = TypeVar("J")
+Outcome = BadSample | None  # of one sample: why it is a hole
+Work = Callable[[J, int, torch.Tensor], None]  # make sample n of a job in this memory (flat, uint8)
+
+# Slurm and Ctrl-C send these to every process of a job; the workers must outlive the step that is saved.
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ALONE_S = 2.0  # how often a keeper looks whether its parent is still there
+CRASHED = "decoder crashed"
+PR_SET_PDEATHSIG = 1
+FORK = multiprocessing.get_context("fork")
+
+
+class WorkerError(Exception):
+    """A worker met what is no fault of a sample: a bug, or the end of its keeper."""
+
+
+Failure = UserError | WorkerError  # of the whole job
+
+
+class Memory:
+    """So many bytes that processes share, without a name that anyone would have to remove."""
+
+    def __init__(self, size: int, handle: int | None = None) -> None:
+        self.size = size
+        self.handle = _anonymous_file(size) if handle is None else handle
+
+    def tensor(self) -> torch.Tensor:
+        """(size,) uint8; it stays after ``close``."""
+        return torch.frombuffer(mmap.mmap(self.handle, self.size), dtype=torch.uint8)
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+def _anonymous_file(size: int) -> int:
+    if sys.platform == "linux":
+        handle = os.memfd_create("lingen-batch")
+    else:
+        with tempfile.TemporaryFile() as file:
+            handle = os.dup(file.fileno())
+    os.truncate(handle, size)
+    return handle
+
+
+class Keeper(Generic[J]):
+    """The parent's end. Jobs are done in the order in which they were sent.
+
+    Args:
+        work: makes one sample; it may raise ``BadSample``, which makes a hole, and anything else, which ends the job.
+        memory_mb: a worker that has gained so much since its start is replaced.
+    """
+
+    def __init__(self, work: Work[J], memory_mb: int) -> None:
+        self._connection, self._process = start_process(_keep, work, memory_mb << 20)
+
+    def send(self, job: J, places: list[int], memory: Memory) -> None:
+        """Have these samples of a job made."""
+        self._connection.send((job, places, memory.size))
+        send_handle(self._connection, memory.handle, self._process.pid)
+
+    def receive(self) -> dict[int, Outcome]:
+        """What came of the samples of the oldest job.
+
+        Raises:
+            LostShard, UserError: what ``work`` raised.
+            WorkerError: it raised something else, with its traceback; or the keeper itself was killed.
+        """
+        try:
+            result = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"the process that keeps a data worker was killed ({error})") from error
+        if isinstance(result, Exception):
+            raise result
+        outcomes: dict[int, Outcome] = result
+        return outcomes
+
+    def close(self) -> None:
+        """End both processes, also in the middle of a job."""
+        self._connection.close()
+        self._process.kill()  # and with it the worker
+        self._process.join()
+
+
+def start_process(target: Callable[..., None], *words: Any) -> tuple[Connection, BaseProcess]:
+    """Fork a process that runs target(its end of a pipe, *words, the parent's id) and ignores ``JOB_SIGNALS``."""
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=_ignoring_signals, args=(target, theirs, *words, os.getpid()))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # until it ignores them
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return ours, process
+
+
+def _ignoring_signals(target: Callable[..., None], *words: Any) -> None:
+    for number in JOB_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
+    target(*words)
+
+
+def _keep(connection: Connection, work: Work[J], limit: int, parent: int) -> None:
+    """The keeper's whole life: it ends with its parent."""
+    worker = _Worker(connection, work, limit, parent)
+    try:
+        while True:
+            wait_for(connection, parent)
+            job, places, size = connection.recv()
+            memory = Memory(size, recv_handle(connection))
+            connection.send(_do(worker, job, places, memory))
+            memory.close()
+    except (EOFError, OSError):
+        pass  # the parent closed its end, or is gone
+    finally:
+        worker.end()
+
+
+def _do(worker: _Worker[J], job: J, places: list[int], memory: Memory) -> dict[int, Outcome] | Exception:
+    """What came of each sample, or the error that ended the job."""
+    outcomes: dict[int, Outcome] = {}
+    blamed: int | None = None  # the sample that the worker before this one died at
+    while todo := [n for n in places if n not in outcomes]:
+        alone = todo[:1] if todo[0] == blamed else todo
+        for n, outcome in worker.make(job, alone, memory):
+            if isinstance(outcome, Failure):
+                return outcome
+            outcomes[n] = outcome
+        if worker.died is None:
+            continue
+        at = next(n for n in todo if n not in outcomes)
+        if at == blamed:
+            outcomes[at] = BadSample(CRASHED, f"{worker.died}, twice")
+        else:
+            print(f"a data worker died ({worker.died}); its sample is tried again alone", file=sys.stderr, flush=True)
+        blamed = at
+    return outcomes
+
+
+class _Worker(Generic[J]):
+    """The keeper's end of a worker. ``died`` says of what, if it did in the last ``make``; a new one stands ready."""
+
+    def __init__(self, outer: Connection, work: Work[J], limit: int, parent: int) -> None:
+        self._outer, self._work, self._limit, self._parent = outer, work, limit, parent
+        self.died: str | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, theirs = FORK.Pipe()
+        ends = (self._outer, self._connection)
+        self._process: BaseProcess = FORK.Process(target=_work, args=(theirs, ends, self._work, self._limit))
+        self._process.start()
+        theirs.close()
+
+    def make(
+        self, job: J, places: list[int], memory: Memory
+    ) -> Iterator[tuple[int, Outcome | UserError | WorkerError]]:
+        """The outcomes of these samples, one by one; fewer where the worker ends before."""
+        self.died = None
+        try:
+            self._connection.send((job, places, memory.size))
+            send_handle(self._connection, memory.handle, self._process.pid)
+            for _ in places:
+                wait_for(self._connection, self._parent)
+                n, outcome, ends = self._connection.recv()
+                yield n, outcome
+                if ends:
+                    self.end()
+                    self._start()
+                    return
+        except (EOFError, OSError):
+            if os.getppid() != self._parent:
+                raise
+            self._process.join()
+            code = self._process.exitcode or 0
+            self.died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self.end()
+            self._start()
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+
+
+def wait_for(connection: Connection, parent: int) -> None:
+    """Until there is something to read.
+
+    Raises:
+        EOFError: the process ``parent`` is not this one's parent any more.
+    """
+    while not connection.poll(ALONE_S):
+        if os.getppid() != parent:
+            raise EOFError
+
+
+def _work(connection: Connection, keepers: Sequence[Connection], work: Work[J], limit: int) -> None:
+    """The worker's whole life: it ends with its keeper."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also out of a decoder that hangs
+    for end in keepers:
+        end.close()
+    torch.set_num_threads(1)
+    before = _held()
+    while True:
+        try:
+            job, places, size = connection.recv()
+            memory = Memory(size, recv_handle(connection))
+        except (EOFError, OSError):
+            return
+        pixels = memory.tensor()
+        memory.close()
+        for n in places:
+            outcome = make(work, job, n, pixels)
+            full = _held() - before > limit
+            connection.send((n, outcome, full))
+            if full:
+                return
+            if isinstance(outcome, Failure):
+                break
+
+
+def make(work: Work[J], job: J, n: int, pixels: torch.Tensor) -> Outcome | Failure:
+    """One sample, and what came of it."""
+    try:
+        work(job, n, pixels)
+    except (BadSample, UserError) as known:
+        return known
+    except Exception:
+        return WorkerError(traceback.format_exc())
+    return None
+
+
+def _held() -> int:
+    """Bytes of memory that this process does not share."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))

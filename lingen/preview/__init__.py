@@ -1,0 +1,1 @@
+"""A page of what the stages of a run feed the model."""

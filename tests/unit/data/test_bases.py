@@ -1,0 +1,68 @@
+"""Where shards may lie: commands that bring them, addresses that cannot work, and what is shown of them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.decode import BadSample, probe
+from data.remote import Source, Unreachable, is_remote, shown
+from data.shards import Index, load_index, read_member
+from lingen.errors import UserError
+
+
+def test_commands(index: Index, mixed_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.remote.PAUSES", (0.01, 0.01))
+    spaced = tmp_path / "a folder; touch x"
+    spaced.mkdir()
+    for file in mixed_shards.iterdir():
+        (spaced / file.name).symlink_to(file)
+    base = f"pipe:cat {shlex.quote(str(spaced / '{}'))}"
+    far = load_index(base)
+    assert far.shelf is not None
+    far = replace(far, shelf=replace(far.shelf, folder=tmp_path / "cache"))
+    assert [read_member(far, n) for n in range(len(far))] == [read_member(index, n) for n in range(len(far))]
+    monkeypatch.setattr("data.remote.TIMEOUT_S", 0.3)
+    commands = {
+        "false {}": "code 1",
+        f"head -c 10 {shlex.quote(str(spaced / '{}'))}": "wrote 10 bytes",
+        "/no/such {}": "no such file",
+        f"{sys.executable} -c 'import time; time.sleep(60)' {{}}": "nothing came for",
+    }
+    for command, problem in commands.items():
+        assert far.shelf is not None
+        broken = replace(far.shelf, source=Source(f"pipe:{command}"), folder=tmp_path / "other")
+        with pytest.raises(Unreachable, match=problem):
+            broken.open(0)
+
+
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [
+        ("s3://bucket/clips", "pip install s3fs"),
+        ("nowhere://bucket/clips", "nothing can read nowhere://"),
+        ("pipe:cat /a/b", "names no file"),
+        ("pipe:cat 'a {}", "cannot be split into words"),
+    ],
+)
+def test_bases_that_cannot_work(base: str, problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as caught:
+        load_index(base)
+    assert "data.path=" in str(caught.value)
+
+
+def test_which_paths_are_bases_and_what_is_shown_of_them() -> None:
+    assert [is_remote(path) for path in ("a/b", "/a:b", "pipe:x {}", "https://h/x", "s3://b")] == [0, 0, 1, 1, 1]
+    assert shown("https://me:key@host:1/a?sig=x#y") == "https://host:1/a"
+    assert shown("pipe:curl -H token {}") == "pipe:curl ..."
+    assert Source("https://host/a/?sig=x").url("b c.tar") == "https://host/a/b%20c.tar?sig=x"
+
+
+def test_no_pickle_is_read() -> None:
+    """A member that is neither a picture nor a video is refused by its content."""
+    with pytest.raises(BadSample):
+        probe(b"\x80\x04\x95" + bytes(100))

@@ -1,0 +1,158 @@
+"""A member of latents: written, read back, refused where it is not what the index says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from data.batch import Bucket
+from data.buckets import eligible
+from data.decode import BadSample, ClipInfo
+from data.index_file import INDEX, IndexFile, LatentBucket, Latents, StoredStates
+from data.latents import Layout, has_bucket, pack, read_empty, read_latents, refuse_latents
+from data.pipeline import holdout_batches
+from data.shards import Index, load_index
+from data.writer import ShardWriter, Window
+from lingen.config import BucketConfig, DataConfig
+from lingen.errors import UserError
+
+BUCKET = Bucket(5, 16, 32)
+SHAPE = (3, 2, 2, 4)  # C, T, h, w: ratios of 4 and 8
+
+
+def about(**more: object) -> Latents:
+    words = {
+        "autoencoder": "print", "channels": 3, "time": 4, "space": 8, "dtype": "fp16", "source": "s", "windows": 1,
+        "buckets": [LatentBucket(frames=5, height=16, width=32, fps=8.0)], "holdout_share": 0.5,
+        "text": {"t5": StoredStates(fingerprint="t", length=4, dim=6, dtype="bf16")},
+    }  # fmt: skip
+    return Latents.model_validate(words | more)
+
+
+def sample(seed: int, tokens: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(seed)
+    return torch.randn(SHAPE).half(), {"t5": torch.randn(tokens, 6).bfloat16()}
+
+
+def write(folder: Path, members: list[bytes], latents: Latents | None = None) -> Index:
+    """A folder of one shard."""
+    folder.mkdir()
+    writer, index = ShardWriter(folder), IndexFile(latents=latents or about())
+    for n, member in enumerate(members):
+        window = Window(f"clip-{n}@x", f"caption {n}", ClipInfo(5, 8.0, 16, 32), 1.0, 2.0)
+        writer.add_media(window.key, member, "safetensors", ("txt", b"c"), [window])
+    written = writer.close()
+    assert written is not None
+    index.shards.append(written[0])
+    index.samples = written[1]
+    (folder / INDEX).write_bytes(index.to_json())
+    return load_index(folder)
+
+
+def test_a_member_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    made = [sample(n, tokens=n) for n in range(3)]  # the first has no token
+    index = write(tmp_path / "latents", [pack(latents, tokens, "print") for latents, tokens in made])
+    for n, (latents, tokens) in enumerate(made):
+        got, states = read_latents(index, n)
+        assert got.dtype == torch.float16 and torch.equal(got, latents)
+        assert states["t5"].dtype == torch.bfloat16 and torch.equal(states["t5"], tokens["t5"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_holds_latents_states_and_empty_holes(tmp_path: Path, workers: int) -> None:
+    made = [sample(n, tokens=1 + n % 3) for n in range(6)]
+    members = [pack(latents, tokens, "print") for latents, tokens in made]
+    members[4] = b"no safetensors at all"
+    index = write(tmp_path / "latents", members, about(holdout_share=0.99))
+    data = DataConfig(path=str(index.path), workers=workers, holdout_share=0.9999)
+    shape = BucketConfig(frames=5, height=16, width=32, batch_size=1)
+    log = tmp_path / "bad.jsonl"
+    batches = list(holdout_batches(index, shape, 8.0, data, limit=6, batch_size=4, rank=0, world=1, bad_log=log))
+    seen = 0
+    for batch in batches:
+        assert batch.latents is not None and batch.states is not None and batch.lost is None
+        assert batch.latents.shape[1:] == SHAPE and batch.pixels.numel() == 0 and batch.pixels.dtype == torch.uint8
+        for n, row in enumerate(batch.states.rows()):
+            number = int(batch.keys[n][5])
+            latents, tokens = made[number]
+            assert batch.valid[n] == (number != 4)
+            good = bool(batch.valid[n])
+            assert torch.equal(batch.latents[n], latents if good else torch.zeros_like(latents))
+            assert torch.equal(row["t5"], tokens["t5"][: None if good else 0])
+            assert batch.captions[n] == (f"caption {number}" if good else "")
+            seen += 1
+    assert seen == 6 and '"no safetensors"' in (tmp_path / "bad-rank0.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        (b"\0", "no safetensors"),
+        (b'\x08\x00\x00\x00\x00\x00\x00\x00{"a":1} ', "no safetensors"),
+        (b"\xff" * 64, "no safetensors"),
+        (save({"latents": torch.zeros(SHAPE).half()}), "other latents"),  # no states
+        (save({"text.t5": torch.zeros(1, 6).bfloat16()}), "other latents"),  # no latents
+        (pack(torch.zeros(SHAPE), {"t5": torch.zeros(1, 6).bfloat16()}, ""), "other latents"),  # fp32
+        (pack(torch.zeros(3, 2, 2, 5).half(), {"t5": torch.zeros(1, 6).bfloat16()}, ""), "other latents"),
+        (pack(torch.zeros(SHAPE).half(), {"t5": torch.zeros(5, 6).bfloat16()}, ""), "other latents"),  # too long
+        (pack(torch.zeros(SHAPE).half(), {"t5": torch.zeros(1, 7).bfloat16()}, ""), "other latents"),
+        (pack(torch.zeros(SHAPE).half(), {"t5": torch.zeros(1, 6)}, ""), "other latents"),
+        (pack(torch.zeros(SHAPE).half(), {"clip": torch.zeros(1, 6).bfloat16()}, ""), "other latents"),
+    ],
+)
+def test_what_the_index_does_not_say_is_refused(tmp_path: Path, member: bytes, reason: str) -> None:
+    index = write(tmp_path / "latents", [member])
+    with pytest.raises(BadSample) as bad:
+        read_latents(index, 0)
+    assert bad.value.reason == reason
+
+
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    index = write(tmp_path / "latents", [pack(*sample(0), "print")])
+    with (index.shard_paths[0]).open("r+b") as shard:
+        shard.seek(int(index.offset[0] + index.bytes[0] - 1))
+        shard.write(b"\x55")
+    with pytest.raises(BadSample, match="wrong checksum"):
+        read_latents(index, 0)
+    read_latents(index, 0, verify=False)
+
+
+def test_a_layout_keeps_samples_apart() -> None:
+    layout = Layout(about(), BUCKET)
+    memory = torch.full((3 * layout.bytes,), 0xAA, dtype=torch.uint8)
+    made = [sample(n) for n in range(3)]
+    for n in (2, 0, 1):
+        layout.fill(memory, n, *made[n])
+    latents, states = layout.read(memory)
+    assert states is not None and torch.equal(latents, torch.stack([one for one, _ in made]))
+    assert all(torch.equal(row["t5"], tokens["t5"]) for row, (_, tokens) in zip(states.rows(), made, strict=True))
+    layout.clear(memory, 1)
+    latents, states = layout.read(memory)
+    assert states is not None and not latents[1].any() and [len(row["t5"]) for row in states.rows()] == [2, 0, 2]
+    assert torch.equal(latents[2], made[2][0])
+
+
+def test_latents_fill_their_own_bucket_alone(tmp_path: Path) -> None:
+    index = write(tmp_path / "latents", [pack(*sample(0), "print")])
+    data = DataConfig(path=str(index.path))
+    fitting = [
+        list(eligible(index, bucket, fps=fps, data=data))
+        for bucket, fps in ((BUCKET, 8.0), (BUCKET, 4.0), (Bucket(5, 16, 16), 8.0), (Bucket(1, 16, 32), 8.0))
+    ]
+    assert fitting == [[0], [], [], []]
+    ours = BucketConfig(frames=5, height=16, width=32, batch_size=1)
+    assert has_bucket(about(), ours, 8.0) and not has_bucket(about(), ours, 4.0)
+
+
+def test_clips_and_latents_are_told_apart(tmp_path: Path, index: Index) -> None:
+    made = write(tmp_path / "latents", [pack(*sample(0), "print")])
+    refuse_latents(index, "data=DIR")
+    with pytest.raises(UserError, match="data=DIR holds latents"):
+        refuse_latents(made, "data=DIR")
+    with pytest.raises(UserError, match=r"empty\.safetensors cannot be read"):
+        read_empty(made)
+    assert np.array_equal(made.begin, [1.0]) and np.array_equal(made.end, [2.0])
