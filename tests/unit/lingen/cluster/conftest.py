@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lingen import plan as plans
+from lingen import diffusion
 from lingen.cluster.checks import PlannedJob, plan_jobs
 from lingen.cluster.request import Chain, read_request
 from lingen.config import Config
@@ -112,7 +112,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         made.set(name, text)
     made.set("cpu_nodes", "n1|4|(null)\nn2|4+|(null)")
     made.set("gpu_nodes", "g1|64|gpu:h100:8(S:0-1),lustre:1")
-    monkeypatch.setattr(plans, "predict", _remembered)
+    monkeypatch.setattr(diffusion, "predict", _remembered)
     monkeypatch.setenv("PATH", os.pathsep.join([str(commands), "/usr/bin", "/bin"]))
     monkeypatch.setenv("FAKE", str(made.folder))
     monkeypatch.chdir(tmp_path / "here")
