@@ -30,7 +30,7 @@ ROWS = (
     ("lingen.begin", "lingen.diffusion", "lingen.lineage", "lingen.latents", "lingen.run", "lingen.records",
      "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.plan", "lingen.step", "lingen.tae_export",
      "lingen.tae_task", "lingen.task", "lingen.tasks", "lingen.validation"),
-    ("lingen.bench", "lingen.cluster", "lingen.comparison"),
+    ("lingen.bench", "lingen.cluster", "lingen.comparison", "lingen.preview"),
     ("scripts", "slurm.launch", "train"),
 )
 # Rooms that see less than the rows above them.
