@@ -91,6 +91,7 @@ class Latents(BaseModel):
     empty_sha256: str = ""  # of the file with the states of the empty caption
     mean: list[float] = []  # of each channel, over all samples
     std: list[float] = []
+    checks: list[int] = []  # of each sample's bytes (``data.latents.check_of``): a sha256 takes longer
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a bucket's latents."""

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -45,7 +46,10 @@ def read_latents(index: Index, i: int, *, verify: bool = True) -> tuple[torch.Te
         LostShard: the shard cannot be read.
     """
     about = described(index)
-    tensors = _parse(read_member(index, i, verify=verify))
+    content = read_member(index, i, verify=False)
+    if verify and check_of(content) != about.checks[i]:
+        content = read_member(index, i)  # whose sha256 decides
+    tensors = _parse(content)
     latents = tensors.pop("latents", None)
     shape = about.shape(int(index.frames[i]), int(index.height[i]), int(index.width[i]))
     if latents is None or latents.shape != shape or latents.dtype != DTYPES[about.dtype]:
@@ -68,6 +72,16 @@ def read_empty(index: Index) -> Tokens:
         return _tokens(_parse(content), about)
     except (OSError, BadSample) as error:
         raise UserError(f"data.path={index.path}: {path} cannot be read ({error}); copy it again") from error
+
+
+def check_of(content: bytes) -> int:
+    """The sum of the bytes as little-endian words of 64 bits, modulo 2**64; the last word is filled up with zeros.
+
+    It finds what disks and networks do (a changed bit, zeros, other bytes in the place of some), at memory's speed.
+    """
+    words = len(content) // 8
+    total = np.frombuffer(content, "<u8", words).sum(dtype=np.uint64)
+    return (int(total) + int.from_bytes(content[8 * words :], "little")) % 2**64
 
 
 def described(index: Index) -> Latents:

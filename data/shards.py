@@ -161,6 +161,8 @@ def _check(folder: Path, root: Path | None, index: IndexFile) -> None:
     count = len(samples.key)
     if any(len(getattr(samples, name)) != count for name in type(samples).model_fields):
         raise UserError(f"{where}: {INDEX} is damaged (its columns have different lengths); write the shards again")
+    if index.latents is not None and len(index.latents.checks) != count:
+        raise UserError(f"{where}: {INDEX} is damaged (it has not one check a sample); write the latents again")
     if not count:
         raise UserError(f"{where}: {INDEX} lists no sample; write the shards again from a folder with clips")
     for shard in index.shards:

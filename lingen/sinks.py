@@ -189,9 +189,12 @@ def describe(record: Record) -> str:
         loss = f"loss {record['loss']:.4f}, grad {record['grad_norm']:.2f}, lr {record['lr']:.1e}"
         return f"{at} {record['bucket']} | {loss}"
     if record["kind"] == "validation":
-        bins = " ".join(f"{loss:.3f}" for loss in record["bin_loss"])
         buckets = ", ".join(f"{name} {loss:.4f}" for name, loss in record["bucket_loss"].items())
-        return f"{at} | held-out loss {record['loss']:.4f} ({record['at']}); {buckets}; by sigma, low to high: {bins}"
+        if "bucket_psnr" in record:  # of an autoencoder
+            more = "PSNR " + ", ".join(f"{name} {value:.2f} dB" for name, value in record["bucket_psnr"].items())
+        else:
+            more = "by sigma, low to high: " + " ".join(f"{loss:.3f}" for loss in record["bin_loss"])
+        return f"{at} | held-out loss {record['loss']:.4f} ({record['at']}); {buckets}; {more}"
     if record["kind"] == "refused":
         return f"{at} | left out: {record['reason']}; its {len(record['keys'])} samples are named in metrics.jsonl"
     if record["kind"] == "rollback":

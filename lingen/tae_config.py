@@ -98,7 +98,7 @@ class TaeRunConfig(RunConfig):
             raise ValueError("engine.sequence_parallel shares out a backbone's heads, which an autoencoder has not")
         if self.engine.zero_stage == 3:
             raise ValueError(
-                "engine.zero_stage=3 gathers weights for whole backwards, and a discriminator's slopes are taken amid "
-                "a step; an autoencoder is small enough for engine=zero2"
+                "engine.zero_stage=3 gathers weights for whole backwards, and a discriminator's slopes are taken "
+                "amid a step; an autoencoder is small enough for engine=zero2"
             )
         return self

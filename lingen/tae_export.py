@@ -94,8 +94,9 @@ def latent_statistics(
         UserError: there is no whole clip, a shard cannot be read, or a channel is the same everywhere.
     """
     parts = gcd(*(bucket.batch_size for bucket in stage.buckets))  # so that a batch is small: the first part of it
+    longer = stage.model_copy(update={"samples": config.export.samples * parts})
     data = config.data.model_copy(update={"workers": 0})
-    loader = StageLoader(index, stage, data, seed=config.seed, rank=0, world=parts, grad_accumulation=1)
+    loader = StageLoader(index, longer, data, seed=config.seed, rank=0, world=parts, grad_accumulation=1)
     first = second = torch.zeros(config.tae.channels, dtype=torch.float64)
     clips = positions = 0
     for (batch,) in loader:

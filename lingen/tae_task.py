@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +162,9 @@ class TaeTask:
         return sum(p.numel() for p in self._game.parameters())
 
     def tokens(self, bucket: BucketConfig) -> int:
-        """Latent positions."""
-        return prod(latent_shape(self._config.tae, bucket.frames, bucket.height, bucket.width)[1:])
+        """Positions of a latent frame, times the frames of the clip: what its cost grows with."""
+        space = self._config.tae.space
+        return bucket.frames * (bucket.height // space) * (bucket.width // space)
 
     def forward_flops(self, bucket: BucketConfig) -> int:
         """Of encoder and decoder, by torch's counter."""

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from data.batch import Bucket
 from data.buckets import eligible, split, starts
 from data.decode import BadSample, decode_clip
+from data.latents import refuse_latents
 from data.shards import Index, load_index, read_member
 from lingen.autoencoders import to_float
 from lingen.autoencoders.pca import PcaAutoencoder, fit_pca
@@ -69,6 +70,7 @@ class Clips:
 
     def __init__(self, config: FitConfig) -> None:
         self.index: Index = load_index(config.data)
+        refuse_latents(self.index, f"data={config.data}")
         self.bad: Counter[str] = Counter()
         self._config = config
         data = DataConfig(path=config.data, holdout_share=config.holdout_share)

@@ -26,6 +26,8 @@ from lingen.tae_config import TaeConfig
 
 FILE, MEAN, STD = "model.safetensors", "latent.mean", "latent.std"
 LOG_VARIANCE = (-30.0, 20.0)  # of the posterior
+# ... at first: a deviation of 0.05. From 1 on, noise hides for long what there is to learn (docs/log.md).
+FIRST_LOG_VARIANCE = -6.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,7 +48,9 @@ class Tae(nn.Module):
                 into = out
             if level < halvings:
                 self.encoder.append(Conv(out, out, stride=2, time_stride=2 if times[level] else 1))
-        self.encoder.extend([Middle(into), Out(into, 2 * config.channels)])
+        last = Out(into, 2 * config.channels)
+        nn.init.constant_(last.conv.time.bias[config.channels :], FIRST_LOG_VARIANCE)
+        self.encoder.extend([Middle(into), last])
         self.decoder = Stack([Conv(config.channels, into), Middle(into)])
         for level, out in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):

@@ -98,7 +98,7 @@ class Perceptual:
                 difference, lin = (one - other).square(), self._lins[self._ends.index(place)]
                 by_position = difference.sum(1) if lin is None else functional.conv2d(difference, lin.float())[:, 0]
                 total = total + by_position.mean((1, 2))
-                x = functional.max_pool2d(x, 2)
+                x = functional.max_pool2d(x, 2) if place != self._ends[-1] else x
         return total.view(batch, frames).mean(1)
 
 

@@ -60,6 +60,7 @@ class Part(BaseModel):
     rows: Columns = Columns()
     rejected: list[Rejected] = []
     numbers: int = 0  # latent numbers a channel
+    checks: list[int] = []  # of each row's bytes
     sums: list[float] = []  # of each channel
     squares: list[float] = []
 
@@ -186,7 +187,9 @@ class Folder:
                 f"{len(rejected)} of {self.plan.samples} samples are bad ({reasons}), more than "
                 f"data.max_bad_share={max_bad_share:g}; {self.path / REJECTED} names them"
             )
-        index = IndexFile(latents=self.plan.latents.model_copy(update=statistics(parts)))
+        checks = [check for part in parts for check in part.checks]
+        latents = self.plan.latents.model_copy(update={"checks": checks, **statistics(parts)})
+        index = IndexFile(latents=latents)
         for part in parts:
             if part.shard is not None:
                 part.rows.shard = [len(index.shards)] * len(part.rows.key)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.batch import Batch
 from data.decode import ClipInfo
 from data.index_file import Latents, StoredStates
-from data.latents import DTYPES, SUFFIX, pack, refuse_latents
+from data.latents import DTYPES, SUFFIX, check_of, pack, refuse_latents
 from data.shards import Index, load_index
 from data.workers import Hole, Job, decode
 from data.writer import ShardWriter, Window
@@ -223,6 +223,7 @@ class Task:
             part.count(latents)
             tokens = self.text.tokens(caption) if self.text else {}
             media = pack(latents, tokens, self.autoencoder.fingerprint)
+            part.checks.append(check_of(media))
             key = unit.key(self.index, place)
             bucket = unit.bucket
             info = ClipInfo(bucket.frames, unit.fps if bucket.frames > 1 else 0.0, bucket.height, bucket.width)

@@ -13,7 +13,7 @@ from data.batch import Bucket
 from data.buckets import eligible
 from data.decode import BadSample, ClipInfo
 from data.index_file import INDEX, IndexFile, LatentBucket, Latents, StoredStates
-from data.latents import Layout, has_bucket, pack, read_empty, read_latents, refuse_latents
+from data.latents import Layout, check_of, has_bucket, pack, read_empty, read_latents, refuse_latents
 from data.pipeline import holdout_batches
 from data.shards import Index, load_index
 from data.writer import ShardWriter, Window
@@ -41,7 +41,9 @@ def sample(seed: int, tokens: int = 2) -> tuple[torch.Tensor, dict[str, torch.Te
 def write(folder: Path, members: list[bytes], latents: Latents | None = None) -> Index:
     """A folder of one shard."""
     folder.mkdir()
-    writer, index = ShardWriter(folder), IndexFile(latents=latents or about())
+    checks = [check_of(member) for member in members]
+    index = IndexFile(latents=(latents or about()).model_copy(update={"checks": checks}))
+    writer = ShardWriter(folder)
     for n, member in enumerate(members):
         window = Window(f"clip-{n}@x", f"caption {n}", ClipInfo(5, 8.0, 16, 32), 1.0, 2.0)
         writer.add_media(window.key, member, "safetensors", ("txt", b"c"), [window])
@@ -119,6 +121,18 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match="wrong checksum"):
         read_latents(index, 0)
     read_latents(index, 0, verify=False)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4096, 4099])
+def test_a_check_sees_each_bit(size: int) -> None:
+    content = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
+    padded = content + bytes(-size % 8)
+    words = [int.from_bytes(padded[at : at + 8], "little") for at in range(0, len(padded), 8)]
+    assert check_of(content) == sum(words) % 2**64
+    for bit in range(0, 8 * size, 1 + 8 * size // 100):
+        other = bytearray(content)
+        other[bit // 8] ^= 1 << bit % 8
+        assert check_of(bytes(other)) != check_of(content)
 
 
 def test_a_layout_keeps_samples_apart() -> None:

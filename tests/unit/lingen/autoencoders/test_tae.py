@@ -281,8 +281,8 @@ def gradients(losses: LossesConfig, *, plays: bool, batch: int = 2) -> tuple[Tae
 def test_playing_changes_gradients_and_not_the_loss() -> None:
     still, before = gradients(PLAYS, plays=False)
     played, found = gradients(PLAYS, plays=True)
-    torch.testing.assert_close(found[:, :5], before[:, :5])
-    assert (before[:, 5:] == 0).all() and (found[:, 6] > 0).all() and found.shape == (2, 1 + len(TERMS))
+    torch.testing.assert_close(found[:, :6], before[:, :6])
+    assert (before[:, 6:] == 0).all() and (found[:, 7] > 0).all() and found.shape == (2, 1 + len(TERMS))
     assert played.discriminator is not None and still.discriminator is not None
     assert all(p.grad is None for p in still.discriminator.parameters())
     pairs = zip(still.autoencoder.parameters(), played.autoencoder.parameters(), strict=True)
@@ -312,6 +312,17 @@ def test_each_player_has_the_gradient_of_its_own_loss() -> None:
     assert game.discriminator is not None
     for (name, p), gradient in zip(game.discriminator.named_parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, msg=name, atol=1e-5, rtol=1e-3)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    kept, _ = gradients(PLAYS, plays=True)
+    torch.manual_seed(0)
+    again = TaeGame(SMALL, PLAYS, None)
+    again.autoencoder.recompute(True)
+    noise = torch.randn(2, 4, 2, 2, 3, generator=torch.Generator().manual_seed(3))
+    again(clip(9, batch=2), noise, plays=True)[:, 0].sum().backward()
+    for (name, p), q in zip(again.named_parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
 def test_a_sample_costs_the_same_whoever_is_beside_it() -> None:
