@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,23 @@ class Head(nn.Module):
     def flops(self, tokens: int) -> int:
         """Forward FLOPs of one sample."""
         return 2 * self.out.in_features * (2 * self.out.in_features + tokens * self.out.out_features)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one forward knows beside the tokens: all that the blocks are given with them, and what the head needs."""
+
+    grid: Grid
+    modulation: Tensor  # (B, 6, D)
+    text: Tensor  # (B, sum(L), D)
+    text_mask: Tensor  # (B, sum(L)) bool
+    condition: Tensor  # (B, D), the noise level
+    dtype: torch.dtype  # of the latents
+
+    @property
+    def of_blocks(self) -> tuple[Grid, Tensor, Tensor, Tensor]:
+        """A block's arguments behind x."""
+        return self.grid, self.modulation, self.text, self.text_mask
 
 
 class Backbone(nn.Module):
@@ -100,24 +118,41 @@ class Backbone(nn.Module):
         Raises:
             ValueError: an argument has another shape or dtype; the message names it.
         """
+        x, context = self.enter(latents, sigma, text, text_mask)  # (B, N, D)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:  # no block draws random numbers
+                x = checkpoint(block, x, *context.of_blocks, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *context.of_blocks)  # (B, N, D)
+        return self.leave(x, context)
+
+    def enter(
+        self, latents: Tensor, sigma: Tensor, text: Mapping[str, Tensor], text_mask: Tensor
+    ) -> tuple[Tensor, Context]:
+        """What lies before the blocks: their input x (B, N, D), a tensor of its own, and all else that they are given.
+
+        Takes and raises what ``forward`` does. Where ranks compute each sample together, N is this rank's slice of the
+        tokens from here to ``leave``.
+        """
         self._check(latents, sigma, text, text_mask)
         dtype = self.patch_in.weight.dtype
         grid = token_grid(tuple(latents.shape[2:]), self.patch)  # type: ignore[arg-type]
-        ranks = self.sequence  # where there are several, N is this rank's slice of the tokens from here to the head
+        ranks = self.sequence
         x = self.patch_in(ranks.slice_of(patchify(latents.to(dtype), self.patch)))  # (B, N, D)
         x = x + ranks.slice_of(position_embedding(grid, x.shape[-1], dtype, x.device), 0)  # (B, N, D)
         condition = F.silu(self.sigma(sigma))  # (B, D)
         modulation = self.modulation(condition).unflatten(-1, (6, -1))  # (B, 6, D)
         states = self.text(text, dtype)  # (B, sum(L), D)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            arguments = (x, grid, modulation, states, text_mask)
-            if recompute:  # no block draws random numbers
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)  # (B, N, D)
-        velocity = ranks.gather(self.head(x, condition), math.prod(grid))  # (B, N, features), all tokens
-        return unpatchify(velocity, grid, self.patch).to(latents.dtype)  # (B, C, T', H', W')
+        return x, Context(grid, modulation, states, text_mask, condition, latents.dtype)
+
+    def leave(self, x: Tensor, context: Context) -> Tensor:
+        """What lies behind the blocks: x (B, N, D) to the velocity (B, C, T', H', W')."""
+        grid = context.grid
+        velocity = self.sequence.gather(
+            self.head(x, context.condition), math.prod(grid)
+        )  # (B, N, features), all tokens
+        return unpatchify(velocity, grid, self.patch).to(context.dtype)  # (B, C, T', H', W')
 
     def flops(self, grid: Grid, text_tokens: Mapping[str, int]) -> int:
         """Forward FLOPs of one sample of a token grid (T, H, W) with so many tokens of each text encoder: a

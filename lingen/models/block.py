@@ -5,6 +5,9 @@ Shapes: B batch, N tokens of the grid (T, H, W), D d_model, h heads of P channel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -62,6 +65,30 @@ class CrossAttention(nn.Module):
         return 4 * tokens * d_model**2 + 4 * text_tokens * d_model**2 + 4 * tokens * text_tokens * d_model
 
 
+@dataclass(frozen=True)
+class Part:
+    """One residual step of a block: ``x + gate * branch(view(x))``.
+
+    Whoever needs the branch alone, or has its output already, takes the steps one by one; ``__call__`` takes them all.
+    """
+
+    view: Callable[[Tensor], Tensor]  # what the branch sees of x: its norm, modulated. (B, N, D) -> (B, N, D)
+    branch: Callable[[Tensor], Tensor]  # (B, N, D) -> (B, N, D)
+    gate: Tensor | None  # (B, 1, D); None: no gate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.add(x, self.branch(self.view(x)))
+
+    def add(self, x: Tensor, output: Tensor) -> Tensor:
+        """x with what the branch put out, gated."""
+        return x + output if self.gate is None else torch.addcmul(x, self.gate, output)
+
+    def residual(self, output: Tensor) -> Tensor:
+        """What the branch's output adds to x."""
+        return output if self.gate is None else self.gate * output
+
+
 class Block(nn.Module):
     """Mixer, cross-attention and MLP on a residual stream, modulated by adaLN-single (PixArt-alpha, section 2.3).
 
@@ -84,15 +111,36 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid, modulation: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """x (B, N, D), modulation (B, 6, D), text (B, L, D), text_mask (B, L) bool -> (B, N, D)."""
+        for part in self.parts(grid, modulation, text, text_mask).values():
+            x = part(x)  # (B, N, D)
+        return x
+
+    def parts(self, grid: Grid, modulation: Tensor, text: Tensor, text_mask: Tensor) -> dict[str, Part]:
+        """The steps "mixer", "cross" and "mlp", in order, for arguments as ``forward`` takes them."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (modulation + self.table).chunk(6, dim=1)  # (B, 1, D) each
-        mixed = self.mixer(modulate(x, shift, scale, eps=NORM_EPS), grid)  # (B, N, D)
-        x = torch.addcmul(x, gate, mixed)  # (B, N, D)
-        x = x + self.cross_attention(self.norm_text(x), text, text_mask)  # (B, N, D)
-        hidden = self.mlp_in(modulate(x, mlp_shift, mlp_scale, eps=NORM_EPS))  # (B, N, mlp_ratio*D)
-        return torch.addcmul(x, mlp_gate, self.mlp_out(F.gelu(hidden, approximate="tanh")))  # (B, N, D)
+        seen = partial(modulate, shift=shift, scale=scale, eps=NORM_EPS)
+        seen_by_mlp = partial(modulate, shift=mlp_shift, scale=mlp_scale, eps=NORM_EPS)
+        cross = partial(self.cross_attention, text=text, text_mask=text_mask)
+        return {
+            "mixer": Part(seen, partial(self.mixer, grid=grid), gate),
+            "cross": Part(self.norm_text, cross, None),
+            "mlp": Part(seen_by_mlp, self.mlp, mlp_gate),
+        }
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        out: Tensor = self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))  # (B, N, mlp_ratio*D) inside
+        return out
 
     def flops(self, grid: Grid, text_tokens: int) -> int:
         """Forward FLOPs of one sample."""
+        return sum(self.part_flops(grid, text_tokens).values())
+
+    def part_flops(self, grid: Grid, text_tokens: int) -> dict[str, int]:
+        """... by part."""
         tokens = grid[0] * grid[1] * grid[2]
-        mlp = 4 * tokens * self.mlp_in.in_features * self.mlp_in.out_features
-        return self.mixer.flops(grid) + self.cross_attention.flops(tokens, text_tokens) + mlp
+        return {
+            "mixer": self.mixer.flops(grid),
+            "cross": self.cross_attention.flops(tokens, text_tokens),
+            "mlp": 4 * tokens * self.mlp_in.in_features * self.mlp_in.out_features,
+        }

@@ -28,14 +28,14 @@ class Mate(nn.Module):
         self.ma, self.te = ma, te
 
     @property
-    def branches(self) -> list[Mixer]:
-        """Those that are there."""
-        return [branch for branch in (self.ma, self.te) if branch is not None]
+    def branches(self) -> dict[str, Mixer]:
+        """Those that are there, "ma" and "te", in the order in which they are summed."""
+        return {name: branch for name, branch in (("ma", self.ma), ("te", self.te)) if branch is not None}
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return reduce(torch.add, [branch(x, grid) for branch in self.branches])  # (B, N, D)
+        return reduce(torch.add, [branch(x, grid) for branch in self.branches.values()])  # (B, N, D)
 
     def flops(self, grid: Grid) -> int:
         """Forward FLOPs of one sample."""
-        return sum(branch.flops(grid) for branch in self.branches)
+        return sum(branch.flops(grid) for branch in self.branches.values())
