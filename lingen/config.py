@@ -152,8 +152,26 @@ class SamplerConfig(Section):
     """Sampling from noise to video."""
 
     steps: PositiveInt = 50
-    guidance_scale: Annotated[float, Field(ge=1.0)] = 5.0
+    solver: Literal["euler", "heun", "ab2"] = "euler"  # heun and ab2 are of second order; heun evaluates twice a step
+    schedule: Literal["shifted", "linear_quadratic"] = "shifted"
+    shift: PositiveFloat | None = None  # of the shifted one; None: as the stage was trained
+    emulated_steps: PositiveInt = 1000  # even ones, of the linear-quadratic one
+    guidance: Literal["batch", "two_passes"] = "batch"  # two passes take half the memory
+    guidance_scale: Annotated[float, Field(ge=1.0)] = 5.0  # 1: none
     negative_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _schedule_reads_its_keys(self) -> SamplerConfig:
+        if self.schedule != "linear_quadratic":
+            return self
+        if self.shift is not None:
+            raise ValueError(f"sampler.shift={self.shift} is of schedule=shifted, not of schedule=linear_quadratic")
+        if self.emulated_steps < self.steps:
+            raise ValueError(
+                f"sampler.emulated_steps={self.emulated_steps}: sampler.steps={self.steps} linear-quadratic steps "
+                f"emulate at least so many even ones; give {self.steps} or more"
+            )
+        return self
 
 
 class RunConfig(Section):
