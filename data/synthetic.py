@@ -1,8 +1,8 @@
 """The embedded world: rendered clips of one coloured shape that moves over a muted background, with captions.
 
 The shape's colour is saturated and the background's never is, so a mask of saturated pixels finds the shape, and the
-asked colour and motion can be checked on any video, rendered or generated (``check_colour``, ``check_motion``). The
-motion is what one sees on the screen; the camera moves the background behind it, as in a tracking shot.
+asked colour, shape and motion can be checked on any video, rendered or generated (data/checks.py). The motion is what
+one sees on the screen; the camera moves the background behind it, as in a tracking shot.
 
 Shapes: F frames, S pixels a side.
 """
@@ -223,77 +223,6 @@ def _write_one(job: _Job) -> None:
     else:
         Image.fromarray(pixels[0]).save(job.folder / f"{name}.png")
     (job.folder / f"{name}.txt").write_text(caption + "\n")
-
-
-CHROMA = (50, 110)  # max(r, g, b) - min(r, g, b) of 255: up to the first a pixel is background, from the second shape
-MIN_AREA = 0.005  # share of the screen
-MIN_TRAVEL = 0.15  # share of the screen, over the whole clip
-MIN_GROWTH = 2.0  # of the area
-MAX_OVERLAP = 0.88  # a spinning shape's intersection over union with itself at the start
-
-
-def check_colour(frames: npt.ArrayLike, colour: str) -> bool:
-    """Whether most of what is saturated in a clip is of this colour, and is more than a speck.
-
-    Args:
-        frames: (F, H, W, 3) or (3, F, H, W), uint8.
-        colour: one of ``COLORS``.
-    """
-    areas = _areas(*_saturated(frames))  # (colours,)
-    asked = areas[list(COLORS).index(colour)]
-    return bool(asked >= MIN_AREA and asked > 0.5 * areas.sum())
-
-
-def check_motion(frames: npt.ArrayLike, motion: str) -> bool:
-    """Whether the dominant saturated shape moves like this, one of ``MOTIONS``; ``frames`` as for ``check_colour``."""
-    if motion not in MOTIONS:
-        raise ValueError(f"motion '{motion}' is none of {', '.join(MOTIONS)}")
-    colours, weights = _saturated(frames)
-    mask = weights * (colours == _areas(colours, weights).argmax())  # (F, H, W)
-    areas = mask.mean((1, 2))  # (F,)
-    return len(mask) > 1 and bool((areas >= MIN_AREA).all()) and _motion(mask, areas) == motion
-
-
-def _motion(mask: Floats, areas: Floats) -> str:
-    """By the mask's area, then by the track of its middle, then by its overlap with itself."""
-    frames, height, width = mask.shape
-    third = max(1, frames // 3)
-    if areas[-third:].mean() > MIN_GROWTH * areas[:third].mean():
-        return "growing"
-    x = mask.sum(1) @ np.arange(width) / (mask.sum((1, 2)) * width)  # (F,) in (0, 1)
-    y = mask.sum(2) @ np.arange(height) / (mask.sum((1, 2)) * height)
-    dx, dy = (float(track[-third:].mean() - track[:third].mean()) * frames / (frames - third) for track in (x, y))
-    if max(abs(dx), abs(dy)) > MIN_TRAVEL:
-        return ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
-    start = mask[: max(1, frames // 8)].mean(0)  # (H, W); a mean is steadier than one frame
-    overlap = np.minimum(mask, start).sum((1, 2)) / np.maximum(mask, start).sum((1, 2))  # (F,)
-    return "spinning" if overlap[third:].mean() < MAX_OVERLAP else "still"
-
-
-def _saturated(frames: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], Floats]:
-    """For each pixel the place in ``COLORS`` of the nearest hue, and in [0, 1] how saturated it is: (F, H, W) each."""
-    pixels = np.asarray(frames)
-    if pixels.shape[-1] != 3:
-        pixels = np.moveaxis(pixels, 0, -1)  # (F, H, W, 3)
-    hue, chroma = _hue(pixels)
-    palette, _ = _hue(np.array(list(COLORS.values())))  # (colours,)
-    order = np.argsort(palette)
-    edges = (palette[order] + np.append(palette[order][1:], palette[order][0] + 2 * np.pi)) / 2  # midway to the next
-    colours = order[np.searchsorted(edges, np.where(hue >= edges[-1] - 2 * np.pi, hue, hue + 2 * np.pi)) % len(order)]
-    return colours, np.clip((chroma - CHROMA[0]) / (CHROMA[1] - CHROMA[0]), 0, 1)
-
-
-def _areas(colours: npt.NDArray[np.int64], weights: Floats) -> Floats:
-    """The share of all pixels that each colour covers: (colours,)."""
-    counts = np.bincount(colours.ravel(), weights.ravel(), minlength=len(COLORS))
-    return (counts / colours.size).astype(np.float32)
-
-
-def _hue(rgb: npt.NDArray[Any]) -> tuple[Floats, Floats]:
-    """(..., 3) in 0..255 to hue in radians (-pi, pi] and chroma in 0..255: (...) each."""
-    r, g, b = np.moveaxis(rgb.astype(np.float32), -1, 0)
-    hue = np.arctan2(np.float32(np.sqrt(3)) * (g - b), 2 * r - g - b)
-    return hue, np.maximum(np.maximum(r, g), b) - np.minimum(np.minimum(r, g), b)
 
 
 class _Words(BaseModel):

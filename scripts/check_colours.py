@@ -1,7 +1,7 @@
 """Does a model put the asked colour on screen? ``python scripts/check_colours.py checkpoint=DIR out=FILE.json``.
 
 Samples videos of "a COLOUR SHAPE ..." from an export, a run or a checkpoint, and from the same model untrained, and
-decides from the pixels whether the asked colour is the dominant saturated one (data/synthetic.py). Only for models
+decides from the pixels whether the asked colour is the dominant saturated one (data/checks.py). Only for models
 that were trained on the rendered world.
 """
 
@@ -39,7 +39,8 @@ class Words(BaseModel):
 def main() -> None:
     """Sample, judge, write."""
     words = parse(Words, sys.argv[1:])
-    from data.synthetic import COLORS, SHAPES, check_colour
+    from data.checks import check_colour
+    from data.synthetic import COLORS, SHAPES
     from lingen.pipeline import LinGenPipeline
     from lingen.runfolder import write_aside
 

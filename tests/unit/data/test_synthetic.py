@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data.decode import decode_clip, probe
 from data.encode import encode_mp4
@@ -17,8 +16,6 @@ from data.synthetic import (
     MOTIONS,
     SHAPES,
     Scene,
-    check_colour,
-    check_motion,
     main,
     parse_caption,
     render_clip,
@@ -35,21 +32,6 @@ def compressed(pixels: np.ndarray) -> np.ndarray:
     media = encode_mp4(pixels, 8.0)
     clip = decode_clip(media, frames=frames, height=size, width=size, fps=8, start=0)
     return clip.permute(1, 2, 3, 0).numpy()
-
-
-def blurred(pixels: np.ndarray) -> np.ndarray:
-    """About what a coarse autoencoder leaves: no detail below three pixels, and noise."""
-    clip = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # (F, 3, S, S)
-    small = torch.nn.functional.interpolate(clip, scale_factor=0.4, mode="area")
-    back = torch.nn.functional.interpolate(small, size=clip.shape[-2:], mode="bicubic")
-    noisy = back + 6 * torch.randn(back.shape, generator=torch.Generator().manual_seed(0))
-    return noisy.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
-def next_of(names: dict[str, object], name: str) -> str:
-    """Another one of the names."""
-    every = list(names)
-    return every[(every.index(name) + 1) % len(every)]
 
 
 @pytest.fixture(scope="module")
@@ -89,52 +71,6 @@ def test_every_phrase_means_one_motion() -> None:
     for (motion, phrases), (_, cameras) in product(MOTIONS.items(), CAMERAS.items()):
         for phrase, camera in product(phrases, cameras):
             assert parse_caption(f"a red star {phrase} on a smooth gradient{camera}").motion == motion
-
-
-@pytest.mark.parametrize(("degrade", "least"), [(lambda x: x, 1.0), (compressed, 0.98), (blurred, 0.95)])
-def test_the_checks_agree_with_the_captions(world, degrade, least: float) -> None:  # type: ignore[no-untyped-def]
-    colours = motions = wrong = 0
-    for pixels, scene in world:
-        shown = degrade(pixels)
-        colours += check_colour(shown, scene.colour)
-        motions += check_motion(shown, scene.motion)
-        assert not check_colour(shown, next_of(COLORS, scene.colour))
-        wrong += check_motion(shown, next_of(MOTIONS, scene.motion))
-    assert colours / CLIPS >= min(least + 0.02, 1.0)
-    assert motions / CLIPS >= least and wrong / CLIPS <= 1 - least
-
-
-def test_noise_and_grey_have_no_colour() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    faint = rng.integers(110, 140, (5, 64, 64, 3), dtype=np.uint8)
-    for clip in (noise, faint, np.full((5, 64, 64, 3), 128, np.uint8)):
-        assert not any(check_colour(clip, colour) for colour in COLORS)
-    assert not any(check_motion(faint, motion) for motion in MOTIONS)
-
-
-def test_two_colours_are_decided_by_area() -> None:
-    clip = np.full((3, 40, 40, 3), 120, np.uint8)
-    clip[:, :20, :20] = COLORS["red"]
-    clip[:, 30:, 30:] = COLORS["blue"]
-    assert check_colour(clip, "red") and not check_colour(clip, "blue")
-    clip[:] = 120
-    clip[:, :2, :2] = COLORS["red"]  # a speck
-    assert not check_colour(clip, "red")
-
-
-def test_the_checks_take_both_layouts(world: list[tuple[np.ndarray, Scene]]) -> None:
-    for pixels, scene in world[:5]:
-        other = torch.from_numpy(pixels).permute(3, 0, 1, 2)  # (3, F, H, W)
-        assert check_colour(other, scene.colour) and check_motion(other, scene.motion)
-
-
-def test_a_picture_has_a_colour_but_no_motion() -> None:
-    pixels, caption = render_clip(1, 4, frames=1, size=64)
-    assert check_colour(pixels, parse_caption(caption).colour)
-    assert not any(check_motion(pixels, motion) for motion in MOTIONS)
-    with pytest.raises(ValueError, match="sideways"):
-        check_motion(pixels, "sideways")
 
 
 @pytest.mark.parametrize(("frames", "size"), [(1, 32), (9, 48), (33, 128)])
