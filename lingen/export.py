@@ -47,10 +47,10 @@ class Origin(BaseModel):
 class Trained:
     """A model's weights (names to whole fp32 tensors) and where they come from; ``config.stages`` holds one stage."""
 
+    folder: Path  # of the export or the checkpoint
     config: Config
     weights: dict[str, torch.Tensor]
-    autoencoder_fingerprint: str  # of the latents that the weights know
-    text_fingerprint: dict[str, str]  # of each text encoder whose states they know
+    origin: Origin
 
 
 def export_finished(config: RunConfig, dist: Dist, write: Write) -> None:
@@ -74,7 +74,7 @@ def export_finished(config: RunConfig, dist: Dist, write: Write) -> None:
 def _export(config: RunConfig, stage: StageConfig, write: Write, device: torch.device) -> None:
     name = stage.name
     out, folder = export_folder(config, name), newest_folder(stage_folder(config, name))
-    if folder is None or not (manifest := read_manifest(folder)).final:
+    if folder is None or not read_manifest(folder).final:
         return
     digest = manifest_digest(folder)
     there = _read_origin(out)
@@ -84,19 +84,24 @@ def _export(config: RunConfig, stage: StageConfig, write: Write, device: torch.d
     if problem := problem_with(folder):  # where this is the run's last stage, the start goes on from the one before
         print(f"warning: {name} is not exported: {folder}: {problem}", file=sys.stderr, flush=True)
         return
-    state = json.loads((folder / STATE).read_text())
-    origin = Origin(
-        stage=name,
-        step=manifest.step,
-        samples=manifest.samples,
-        tokens=manifest.tokens,
-        checkpoint_sha256=digest,
-        lineage=state["lineage"],
-        **{key: state[key] for key in ("autoencoder_fingerprint", "text_fingerprint") if key in state},
-    )
+    origin = _origin(folder, name)
     (out / ORIGIN).unlink(missing_ok=True)
     write(folder, out, stage, device)
     write_aside(out / ORIGIN, origin.model_dump_json(indent=1))  # last: without it the export is made again
+
+
+def _origin(folder: Path, stage: str) -> Origin:
+    """That of a checkpoint of a stage."""
+    manifest, state = read_manifest(folder), json.loads((folder / STATE).read_text())
+    return Origin(
+        stage=stage,
+        step=manifest.step,
+        samples=manifest.samples,
+        tokens=manifest.tokens,
+        checkpoint_sha256=manifest_digest(folder),
+        lineage=state["lineage"],
+        **{key: state[key] for key in ("autoencoder_fingerprint", "text_fingerprint") if key in state},
+    )
 
 
 def _read_origin(export: Path) -> Origin | None:
@@ -112,21 +117,36 @@ def load_trained(path: Path) -> Trained:
     Raises:
         UserError: there is nothing of the kind, or it is incomplete.
     """
-    if (path / CONFIG).exists() and not (path / WEIGHTS).exists():
-        stages = [name for name in read_config(path / CONFIG).stages if (path / "export" / name / WEIGHTS).exists()]
-        if not stages:
-            raise UserError(f"{path} has no finished stage; name one of its checkpoints/STAGE folders")
-        return load_trained(path / "export" / stages[-1])
-    if (path / WEIGHTS).exists():
+    folder, config = find_trained(path)
+    if folder == _export_in(folder):
+        origin = _read_origin(folder)
+        assert origin is not None  # find_trained has seen it
         try:
-            weights = load_file(path / WEIGHTS)
-            origin = _read_origin(path)
-            if origin is None:
-                raise UserError(f"{path / ORIGIN} is missing or damaged; the export is incomplete")
-            fingerprints = origin.autoencoder_fingerprint, origin.text_fingerprint
-            return Trained(read_config(path / CONFIG), weights, *fingerprints)
+            return Trained(folder, config, load_file(folder / WEIGHTS), origin)
         except SafetensorError as error:
-            raise UserError(f"{path / WEIGHTS} cannot be read, it may be incomplete: {error}") from error
+            raise UserError(f"{folder / WEIGHTS} cannot be read, it may be incomplete: {error}") from error
+    if problem := problem_with(folder):
+        raise UserError(f"{folder} is not a whole checkpoint: {problem}")
+    origin = _origin(folder, folder.resolve().parent.name)
+    return Trained(folder, config, checkpoint.assemble(folder, "ema"), origin)
+
+
+def find_trained(path: Path) -> tuple[Path, Config]:
+    """The folder of the export or of the checkpoint that ``path`` stands for, and its configuration with one stage; the
+    weights are not looked at.
+
+    Raises:
+        UserError: there is nothing of the kind, or it is incomplete.
+    """
+    if (export := _export_in(path)) is not None:
+        if _read_origin(export) is None:
+            raise UserError(f"{export / ORIGIN} is missing or damaged; the export is incomplete, copy it again")
+        config = read_config(export / CONFIG)
+        if len(config.stages) != 1:
+            raise UserError(f"{export / CONFIG} has {len(config.stages)} stages, and an export is of one")
+        return export, config
+    if (path / CONFIG).exists():
+        raise UserError(f"{path} has no finished stage; name one of its checkpoints/STAGE folders")
     folder = path if (path / MANIFEST).exists() else newest_folder(path)
     if folder is None:
         raise UserError(f"{path} is neither an export ({WEIGHTS} and {CONFIG}), nor a run folder, nor a checkpoint")
@@ -134,13 +154,24 @@ def load_trained(path: Path) -> Trained:
     config = read_config(stage.parent.parent / CONFIG)
     if stage.name not in config.stages:
         raise UserError(f"{folder}: its run's {CONFIG} does not know the stage {stage.name}; sample from an export")
-    problem = problem_with(folder)
-    if problem is not None:
-        raise UserError(f"{folder} is not a whole checkpoint: {problem}")
-    state = json.loads((folder / STATE).read_text())
-    weights = checkpoint.assemble(folder, "ema")
-    fingerprints = state["autoencoder_fingerprint"], state["text_fingerprint"]
-    return Trained(of_stage(config, stage.name), weights, *fingerprints)
+    return folder, of_stage(config, stage.name)
+
+
+def _export_in(path: Path) -> Path | None:
+    """``path`` where it is an export, or that of the last finished stage of a run; None where there is none.
+
+    Raises:
+        UserError: it is one, and one of its files is missing.
+    """
+    missing = [name for name in (WEIGHTS, CONFIG, ORIGIN) if not (path / name).exists()]
+    if not missing:
+        return path
+    if missing != [WEIGHTS, ORIGIN] and len(missing) < 3:
+        raise UserError(f"{path / missing[0]} is missing or damaged; the export is incomplete, copy it again")
+    if CONFIG in missing:
+        return None
+    stages = [name for name in read_config(path / CONFIG).stages if (path / "export" / name / WEIGHTS).exists()]
+    return _export_in(path / "export" / stages[-1]) if stages else None
 
 
 def newest_folder(stage_dir: Path) -> Path | None:

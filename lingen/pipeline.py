@@ -6,29 +6,44 @@ Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from rich.progress import track
+from rich.progress import Progress
 
 from lingen.autoencoders import Autoencoder, load_autoencoder
-from lingen.config import BucketConfig, Config, StageConfig, geometry_problems, latent_shape, token_grid
+from lingen.config import (
+    BucketConfig,
+    Config,
+    SamplerConfig,
+    StageConfig,
+    latent_shape,
+    token_grid,
+)
 from lingen.engine import DTYPES
-from lingen.errors import UserError, nearest
-from lingen.export import load_trained
-from lingen.flow import bucket_shift, generator
+from lingen.errors import UserError
+from lingen.export import Origin, load_trained
+from lingen.flow import bucket_shift
 from lingen.models import Backbone, make_model
-from lingen.sampling.guidance import guided
-from lingen.sampling.solver import euler, sigma_schedule
-from lingen.text.encoders import TextEncoder, load_text_encoders, refuse_other_text
-from lingen.text_config import TextConfig
+from lingen.pipeline_folder import card, located, save
+from lingen.pipeline_output import FORMATS, OutputType, VideoOutput
+from lingen.sampling.guidance import forward_of, guided
+from lingen.sampling.noise import Random, draw_noise, generators
+from lingen.sampling.schedule import schedule
+from lingen.sampling.solver import solve
+from lingen.sampling_memory import forms_here, free_memory, predict_decoding, predict_denoising
+from lingen.sampling_plan import sampler_with, video_shape
+from lingen.text.encoders import TextEncoders, load_text_encoders, refuse_other_text
+
+# Pipeline, step from 0, sigma that it reached, {"latents": (B, C, T, h, w)} -> what replaces the latents, or None.
+Callback = Callable[["LinGenPipeline", int, float, dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LinGenPipeline:
     """A trained LinGen or DiT, ready to sample."""
 
@@ -36,8 +51,9 @@ class LinGenPipeline:
     stage: StageConfig  # the last stage that the weights were trained in
     model: Backbone
     autoencoder: Autoencoder
-    text: TextEncoder
+    text: TextEncoders
     device: torch.device
+    origin: Origin  # of the weights
 
     @classmethod
     def from_pretrained(
@@ -48,12 +64,16 @@ class LinGenPipeline:
         dtype: Literal["fp32", "bf16"] | None = None,
         autoencoder: str | None = None,
         encoders: Mapping[str, str] | None = None,
+        tile: Mapping[str, Any] | None = None,
     ) -> LinGenPipeline:
-        """Load the EMA weights of an export, of a run folder (its last finished stage), or of a checkpoint.
+        """Load what ``save_pretrained`` saved; or the EMA weights of an export, of a run folder (its last finished
+        stage), or of a checkpoint.
 
-        ``dtype`` is the denoiser's precision: by default that of the training on a GPU, fp32 on a CPU.
-        ``autoencoder`` names the autoencoder's file where it is no longer where the run found it, ``encoders`` the
-        folders of text encoders by their names in the configuration.
+        Args:
+            dtype: of the denoiser; None: that of the training on a GPU, fp32 on a CPU.
+            autoencoder: its file or folder, where it is no longer where the run found it.
+            encoders: the folders of text encoders, by their names in the configuration.
+            tile: tiles that the autoencoder decodes in, as ``autoencoder.tile``; None: those of the training.
 
         Raises:
             UserError: there is no such device; nothing that can be loaded is there, or it is incomplete; the
@@ -61,34 +81,59 @@ class LinGenPipeline:
         """
         place = _device(device)
         trained = load_trained(Path(path))
-        config = trained.config
-        if autoencoder is not None:
-            moved = config.autoencoder.model_copy(update={"path": autoencoder})
-            config = config.model_copy(update={"autoencoder": moved})
+        config = located(trained.folder, trained.config, autoencoder, encoders or {}, tile)
         latents = load_autoencoder(config.autoencoder, place)
-        if latents.fingerprint != trained.autoencoder_fingerprint:
+        if latents.fingerprint != trained.origin.autoencoder_fingerprint:
             raise UserError(
                 f"autoencoder.path={config.autoencoder.path} holds another autoencoder than the one that {path} was "
                 "trained with; name that one's file (autoencoder=FILE)"
             )
-        config = config.model_copy(update={"text": _text_at(config.text, encoders or {})})
         text = load_text_encoders(config.text, place)
-        refuse_other_text(trained.text_fingerprint, text.fingerprints, f"{path} was trained with")
-        with torch.device("meta"):
-            model = make_model(config)
-        try:
-            model.load_state_dict(trained.weights, assign=True)
-        except RuntimeError as error:
-            raise UserError(f"{path}: the weights do not fit the config beside them: {error}") from error
+        refuse_other_text(trained.origin.text_fingerprint, text.fingerprints, f"{path} was trained with")
+        model = _model(config, trained.weights, path)
         (stage,) = config.stages.values()
         precision = DTYPES[dtype or (config.engine.dtype if place.type == "cuda" else "fp32")]
-        return cls(config, stage, model.to(place, precision).eval(), latents, text, place)
+        return cls(config, stage, model.to(place, precision).eval(), latents, text, place, trained.origin)
+
+    def save_pretrained(self, folder: str | Path, *, copy: bool = True) -> None:
+        """Write a folder that ``from_pretrained`` reads back bit for bit: model.safetensors, config.yaml, where the
+        weights come from, and a model card.
+
+        Args:
+            folder: a new one.
+            copy: put the autoencoder and the text encoders into it, so that it can be moved to another machine;
+                otherwise they stay where they are, and config.yaml says where.
+
+        Raises:
+            UserError: it exists, or cannot be written.
+        """
+        weights = self.model.state_dict()
+        page = card(self.config, self.origin, sum(parameter.numel() for parameter in self.model.parameters()))
+        save(Path(folder), self.config, weights, self.origin, page, copy=copy)
+
+    def to(self, device: str, dtype: Literal["fp32", "bf16"] | None = None) -> LinGenPipeline:
+        """Move it there, in place, and return it; the autoencoder and the text encoders are read again.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        self.device = _device(device)
+        self.model.to(self.device, DTYPES[dtype] if dtype else self.dtype)
+        self.autoencoder = load_autoencoder(self.config.autoencoder, self.device)
+        self.text = load_text_encoders(self.config.text, self.device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the denoiser."""
+        return next(self.model.parameters()).dtype
 
     def untrained(self) -> LinGenPipeline:
         """The same with freshly initialized weights: what training is measured against."""
         torch.manual_seed(self.config.seed)
         model = make_model(self.config)
-        return replace(self, model=model.to(self.device, next(self.model.parameters()).dtype).eval())
+        origin = self.origin.model_copy(update={"step": 0, "samples": 0, "tokens": 0, "lineage": []})
+        return replace(self, model=model.to(self.device, self.dtype).eval(), origin=origin)
 
     def shape(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> BucketConfig:
         """The shape of a video; what is None comes from the largest bucket of the last stage.
@@ -96,63 +141,157 @@ class LinGenPipeline:
         Raises:
             UserError: the autoencoder or the patching cannot take it.
         """
-        largest = max(self.stage.buckets, key=lambda b: b.frames * b.height * b.width)
-        asked = {"frames": frames, "height": height, "width": width}
-        shape = largest.model_copy(update={key: value for key, value in asked.items() if value is not None})
-        for problem in geometry_problems(self.config, shape):
-            raise UserError(problem)
-        return shape
+        return video_shape(self.config, (frames, height, width))
+
+    def sampler(self, **asked: Any) -> SamplerConfig:
+        """The sampler of the configuration with other values where they are not None.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        return sampler_with(self.config, asked)
 
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
         *,
-        frames: int | None = None,
+        num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        seeds: Sequence[int] = (0,),
+        guidance: Literal["batch", "two_passes"] | None = None,
+        solver: Literal["euler", "heun", "ab2"] | None = None,
+        schedule: Literal["shifted", "linear_quadratic"] | None = None,
+        shift: float | None = None,
+        emulated_steps: int | None = None,
+        generator: Random | None = None,
+        seeds: int | Sequence[int] | None = None,
+        output_type: OutputType = "uint8",
+        callback_on_step_end: Callback | None = None,
+        truncate: bool = False,
         progress: bool = True,
-    ) -> torch.Tensor:
-        """Sample one video of ``shape(frames, height, width)`` a prompt; the video of a prompt depends on its seed
-        alone, not on its batch.
+    ) -> VideoOutput:
+        """Sample a video for each prompt. A video depends on its prompt and seed alone, not on its batch.
 
-        ``seeds`` has one seed a prompt, or one for all. Returns (B, 3, F, H, W) uint8 on the CPU.
+        Args:
+            num_frames, height, width: of all videos; None: see ``shape``.
+            num_inference_steps ... emulated_steps: the keys of ``sampler`` in the configuration; None: as it says.
+            generator: one of each video's own, or one that all draw from in turn.
+            seeds: instead of ``generator``: one a prompt, or one for all; 0 where there is neither.
+            output_type: uint8 (B, 3, F, H, W); pt: fp32 in [0, 1], (B, F, 3, H, W); np: the same, (B, F, H, W, 3);
+                pil: a list of frames a video; latent: fp32 (B, C, T, h, w), not decoded. All on the CPU.
+            callback_on_step_end: called after each step; "latents" in what it returns replaces them.
+            truncate: let the text encoders cut what is longer than they take.
 
         Raises:
-            UserError: a shape that the autoencoder or the patching cannot take; not as many seeds as prompts.
+            UserError: a shape, a number or a text that cannot be taken; not as many seeds as prompts; more memory than
+                the device has.
         """
-        shape = self.shape(frames, height, width)
-        if len(seeds) not in (1, len(prompts)):
-            raise UserError(f"seeds: {len(seeds)} for {len(prompts)} prompts; give one a prompt, or one for all")
-        sampler = self.config.sampler
-        scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        shape = self.shape(num_frames, height, width)
+        sampler = self.sampler(
+            steps=num_inference_steps, guidance_scale=guidance_scale, guidance=guidance, solver=solver,
+            schedule=schedule, shift=shift, emulated_steps=emulated_steps,
+        )  # fmt: skip
         negative = sampler.negative_prompt if negative_prompt is None else negative_prompt
-        each = list(seeds) * len(prompts) if len(seeds) == 1 else list(seeds)
-        size = shape.frames, shape.height, shape.width
-        latent = (self.config.autoencoder.channels, *latent_shape(self.config, *size))  # (C, T, h, w)
-        noise = torch.stack([torch.randn(latent, generator=generator("cpu", "sample", s)) for s in each])
-        text, unwanted = self.text.encode(prompts), self.text.encode([negative] * len(prompts))
-        denoise = guided(self.model, text, unwanted, scale)
-        tokens = prod(token_grid(self.config, *size))
-        shift = self.stage.timestep_shift or bucket_shift(tokens, self.config.flow)
-        sigmas = sigma_schedule(sampler.steps if steps is None else steps, shift)
-        walk = euler(denoise, noise.to(self.device), sigmas)
-        *_, latents = track(walk, "sampling", total=len(sigmas) - 1, disable=not (progress and sys.stdout.isatty()))
-        pixels = self.autoencoder.decode(latents)  # (B, 3, F, H, W) in [-1, 1]
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if not prompts:
+            raise UserError("prompt: give one at least")
+        if len(negatives) != len(prompts):
+            raise UserError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one a prompt")
+        for key, texts in (("prompt", prompts), ("negative_prompt", negatives)):
+            self.refuse_long(() if truncate else texts, key)
+        if output_type not in FORMATS:
+            raise UserError(f"output_type={output_type} is none of {', '.join(FORMATS)}")
+        draws = generators(len(prompts), generator, seeds)
+        self._refuse_too_large(shape, sampler, len(prompts), decodes=output_type != "latent")
+        size = latent_shape(self.config, shape.frames, shape.height, shape.width)
+        noise = draw_noise((self.config.autoencoder.channels, *size), draws)
+        latents = self._denoise(prompts, negatives, noise, shape, sampler, callback_on_step_end, progress)
+        return VideoOutput(FORMATS[output_type](self.autoencoder, latents))
+
+    def _denoise(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        noise: torch.Tensor,
+        shape: BucketConfig,
+        sampler: SamplerConfig,
+        callback: Callback | None,
+        progress: bool,
+    ) -> torch.Tensor:
+        """From noise to latents, (B, C, T, h, w) fp32."""
+        text, unwanted = self.text.encode(prompts), self.text.encode(negatives)
+        tokens = prod(token_grid(self.config, shape.frames, shape.height, shape.width))
+        sigmas = schedule(sampler, self.stage.timestep_shift or bucket_shift(tokens, self.config.flow))
+        denoise = guided(
+            forward_of(self.model), text, unwanted, sampler.guidance_scale,
+            device=self.device, dtype=self.dtype, mode=sampler.guidance,
+        )  # fmt: skip
+        with Progress(disable=not (progress and sys.stdout.isatty())) as bar:
+            task = bar.add_task("sampling", total=sampler.steps)
+
+            def after(step: int, sigma: float, x: torch.Tensor) -> torch.Tensor:
+                bar.advance(task)
+                changed = callback(self, step, sigma, {"latents": x}) if callback else None
+                return x if changed is None else changed.get("latents", x)
+
+            return solve(denoise, noise.to(self.device), sigmas, sampler.solver, after)
+
+    def refuse_long(self, texts: Sequence[str], key: str = "prompt") -> None:
+        """Raises:
+        UserError: one of ``texts``, a value of ``key``, has more tokens than a text encoder takes.
+        """
+        for text in dict.fromkeys(texts):
+            for name, count in self.text.counts(text).items():
+                if count > self.text.lengths[name]:
+                    raise UserError(
+                        f"{key}='{text[:40]}...' has {count} tokens, and text.encoders.{name} takes "
+                        f"{self.text.lengths[name]}; shorten it, or have it cut with truncate=true"
+                    )
+
+    def _refuse_too_large(self, shape: BucketConfig, sampler: SamplerConfig, batch: int, *, decodes: bool) -> None:
+        """Raises:
+        UserError: the generation needs more memory than is free on the device.
+        """
+        kernels = forms_here(self.device, self.dtype)
+        needs = {
+            "denoising": predict_denoising(self.config, shape, sampler, batch=batch, dtype=self.dtype, kernels=kernels),
+            "decoding": predict_decoding(self.config, self.autoencoder, shape, self.device) if decodes else 0,
+        }
+        there = free_memory(self.device)
+        ways = {"denoising": "guidance=two_passes, fewer videos at once", "decoding": "tiles that are smaller (tile=)"}
+        for what, bytes_ in needs.items():
+            if bytes_ > there:
+                raise UserError(
+                    f"frames={shape.frames} height={shape.height} width={shape.width}: {what} {batch} such videos "
+                    f"needs {bytes_ / 1e9:.3g} GB, and {self.device} has {there / 1e9:.3g} GB free; try {ways[what]} "
+                    "or a smaller video"
+                )
 
 
-def _text_at(text: TextConfig, folders: Mapping[str, str]) -> TextConfig:
-    """``text`` with these encoders in these folders."""
-    for name in folders:
-        if name not in text.encoders:
-            raise UserError(f"encoders.{name}: this model has no such text encoder{nearest(name, text.encoders)}")
-    moved = {name: text.encoders[name].model_copy(update={"path": folder}) for name, folder in folders.items()}
-    return text.model_copy(update={"encoders": text.encoders | moved})
+def _model(config: Config, weights: Mapping[str, torch.Tensor], path: str | Path) -> Backbone:
+    """The model with these weights.
+
+    Raises:
+        UserError: they are another architecture's.
+    """
+    with torch.device("meta"):
+        model = make_model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name))
+    if wrong:
+        has, wants = (shapes.get(wrong[0], "missing") for shapes in (there, expected))
+        raise UserError(
+            f"{path}: its weights are of another architecture than its configuration, which is {config.model.name} of "
+            f"{config.depth} layers; {len(wrong)} tensors differ, such as {wrong[0]}: {has}, not {wants}"
+        )
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def _device(name: str) -> torch.device:

@@ -55,14 +55,14 @@ def main() -> None:
             part = asked[at : at + words.batch]
             videos = pipeline(
                 [f"a {colour} {form} moving left" for colour, form, _ in part],
-                frames=shape.frames,
+                num_frames=shape.frames,
                 height=shape.height,
                 width=shape.width,
-                steps=words.steps,
+                num_inference_steps=words.steps,
                 guidance_scale=words.guidance_scale,
                 seeds=[seed for _, _, seed in part],
                 progress=False,
-            )  # (B, 3, F, H, W)
+            ).frames  # (B, 3, F, H, W)
             hits += sum(check_colour(v.numpy(), c) for v, (c, _, _) in zip(videos, part, strict=True))
         return hits / len(asked)
 

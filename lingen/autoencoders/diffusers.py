@@ -166,7 +166,7 @@ def load_diffusers(config: AutoencoderConfig, device: torch.device | str) -> Aut
             or its ratios or channels are not those of the configuration.
     """
     where = f"autoencoder.path={config.path}"
-    folder = _folder(config)
+    folder = vae_folder(config)
     written = _read_config(folder, where)
     name = str(written.get("_class_name"))
     if name not in RULES:
@@ -198,8 +198,12 @@ def _refuse_statistics(mean: torch.Tensor, std: torch.Tensor, channels: int) -> 
         raise ValueError(f"its statistics are {len(mean)} means and {len(std)} deviations for {channels} channels")
 
 
-def _folder(config: AutoencoderConfig) -> Path:
-    """The folder of a VAE, from the disk alone: no rank of a run waits for, or trusts, a download."""
+def vae_folder(config: AutoencoderConfig) -> Path:
+    """The folder of a VAE, from the disk alone: no rank of a run waits for, or trusts, a download.
+
+    Raises:
+        UserError: there is none.
+    """
     where, folder = f"autoencoder.path={config.path}", Path(config.path)
     if not folder.is_dir():
         if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.path) is None:

@@ -21,7 +21,8 @@ from lingen.engine import DTYPES, Engine, make_engine
 from lingen.flow import interpolate, sample_losses
 from lingen.kernels.index import Grid
 from lingen.models import Backbone, make_model
-from lingen.sampling.guidance import guided
+from lingen.sampling.call import Call
+from lingen.sampling.guidance import forward_of, guided
 
 # Frames (H, W) of tokens that a grid of a given number of tokens may have: 512x896 and 512x512 at 16 pixels a token,
 # then smaller ones.
@@ -132,8 +133,10 @@ class Subject:
             return lambda: self._train(engine, model, inputs)
         scale = self.config.sampler.guidance_scale if guidance else 1.0
         text = (inputs.states, inputs.mask)
-        denoise = torch.no_grad()(guided(model, text, text, scale))
-        return lambda: denoise(inputs.latents, inputs.sigma)
+        dtype = model.patch_in.weight.dtype
+        denoise = guided(forward_of(model), text, text, scale, device=self.device, dtype=dtype)
+        only = Call(index=0, count=1, sigma=0.5, step=0)
+        return lambda: torch.no_grad()(denoise)(inputs.latents, inputs.sigma, only)
 
     def compiled(self) -> Backbone:
         """The model with its blocks compiled, on the same weights."""

@@ -27,6 +27,13 @@ def forward_of(model: Backbone) -> Forward:
     return forward
 
 
+def contexts(scale: float, mode: Literal["batch", "two_passes"]) -> tuple[Context, ...]:
+    """Those that ``guided`` will name in its calls."""
+    if scale == 1.0:
+        return ("text",)
+    return ("pair",) if mode == "batch" else ("text", "negative")
+
+
 def guided(
     forward: Forward,
     text: Text,

@@ -1,7 +1,7 @@
 """From noise to latents along the velocity field dx / d sigma, from sigma 1 to 0.
 
-Shapes: B samples, C channels, T x H x W latent positions. The solver makes the calls of ``denoise``; guidance and caches
-stand behind it, and it does not know of them.
+Shapes: B samples, C channels, T x H x W latent positions. The solver makes the calls of ``denoise``; guidance and
+caches stand behind it, and it does not know of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ After = Callable[[int, float, torch.Tensor], torch.Tensor]  # step, sigma that i
 def solve(denoise: Denoise, noise: torch.Tensor, sigmas: torch.Tensor, solver: str, after: After) -> torch.Tensor:
     """The sample (B, C, T, H, W) at the last of ``sigmas`` (N + 1,), from ``noise`` at the first.
 
-    ``euler`` is of first order, ``heun`` of second with two evaluations a step but the last, ``ab2`` of second with one.
+    ``euler`` is of first order, ``heun`` of second with two evaluations a step but the last, ``ab2`` of
+    second with one.
 
     Args:
         after: what becomes of the sample after each step, before the next.

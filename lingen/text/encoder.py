@@ -49,6 +49,11 @@ class HuggingFaceEncoder:
         """Where it computes."""
         return self._model.device  # type: ignore[no-any-return]
 
+    def count(self, caption: str) -> int:
+        """Tokens of a caption before any are cut."""
+        text = quoted(caption) if self.config.quoted_only else caption
+        return len(self._tokenizer(text)["input_ids"])
+
     def tokens(self, caption: str) -> torch.Tensor:
         """(N, S) on the CPU, in the encoder's dtype; not to be written to. Tokens after the first ``length`` are cut.
 
@@ -83,6 +88,10 @@ class StoredEncoder:
     config: EncoderConfig
     fingerprint: str
     empty: torch.Tensor  # (N, S)
+
+    def count(self, caption: str) -> int:
+        """Tokens of the empty caption."""
+        return len(self.tokens(caption))
 
     def tokens(self, caption: str) -> torch.Tensor:
         """Those of the empty caption.

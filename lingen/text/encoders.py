@@ -57,6 +57,10 @@ class TextEncoders:
         ``join`` makes the model's text of. They depend on the caption and the fingerprints alone."""
         return {name: encoder.tokens(caption) for name, encoder in self._encoders.items()}
 
+    def counts(self, caption: str) -> dict[str, int]:
+        """Tokens of one caption by encoder, before any are cut."""
+        return {name: encoder.count(caption) for name, encoder in self._encoders.items()}
+
     def encode(
         self,
         captions: Sequence[str],

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -67,6 +68,35 @@ def load_fingerprint(name: str, config: EncoderConfig) -> str:
         return fingerprint(folder, config)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"text.encoders.{name}.path={config.path} cannot be read: {error}") from error
+
+
+def encoder_files(name: str, config: EncoderConfig) -> list[Path]:
+    """The files that the encoder ``text.encoders.NAME`` is read from: in one folder they are the same encoder.
+
+    Raises:
+        UserError: they cannot be found.
+    """
+    folder = _resolve(f"text.encoders.{name}.path", config.path)
+    tokenizer = _tokenizer_folder(folder)
+    about = (folder / "config.json", folder / "model.safetensors.index.json", *(tokenizer / f for f in TOKENIZER_FILES))
+    return [*_weight_files(folder), *(path for path in about if path.is_file())]
+
+
+def weight_bytes(name: str, config: EncoderConfig) -> int:
+    """Bytes of the weights of ``text.encoders.NAME`` in its dtype, from the heads of its files.
+
+    Raises:
+        UserError: they cannot be found or read.
+    """
+    folder = _resolve(f"text.encoders.{name}.path", config.path)
+    numbers = 0
+    try:
+        for path in _weight_files(folder):
+            with safe_open(path, framework="pt") as file:
+                numbers += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"text.encoders.{name}.path={config.path} cannot be read: {error}") from error
+    return numbers * DTYPES[config.dtype].itemsize
 
 
 def fingerprint(folder: Path, config: EncoderConfig) -> str:
