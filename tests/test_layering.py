@@ -30,8 +30,8 @@ ROWS = (
     ("lingen.sampling",),
     ("lingen.begin", "lingen.diffusion", "lingen.lineage", "lingen.latents", "lingen.run", "lingen.records",
      "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.pipeline_folder", "lingen.pipeline_output",
-     "lingen.plan", "lingen.sampling_memory", "lingen.sampling_plan", "lingen.step", "lingen.tae_export", "lingen.tae_task", "lingen.task",
-     "lingen.tasks", "lingen.validation"),
+     "lingen.plan", "lingen.sampling_memory", "lingen.sampling_plan", "lingen.step", "lingen.tae_export",
+     "lingen.tae_task", "lingen.task", "lingen.tasks", "lingen.validation"),
     ("lingen.bench", "lingen.cluster", "lingen.comparison", "lingen.evaluation", "lingen.preview"),
     ("scripts", "slurm.launch", "train"),
 )
