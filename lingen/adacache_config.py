@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from lingen.errors import UserError
 from lingen.model_config import Section
+from lingen.reuse_config import Reusing
 
 Entry = tuple[PositiveFloat, PositiveInt]  # a threshold and its rate
 
@@ -74,7 +75,7 @@ class GuardsConfig(Section):
     last: NonNegativeInt = 2
 
 
-class AdaCacheConfig(Section):
+class AdaCacheConfig(Reusing):
     """Computes again the sooner, the more the probe's residual changed between the last two computed calls.
 
     ``mode``: ``reference`` decides as the published code does, faults included; ``fixed`` mends them (docs/cache.md).

@@ -15,9 +15,9 @@ import pytest
 
 # fmt: off
 ROWS = (
-    ("lingen.errors", "lingen.files", "lingen.adacache_config", "lingen.autoencoder_config", "lingen.config",
-     "lingen.model_config",
-     "lingen.operation_config", "lingen.tae_config", "lingen.text_config", "lingen.compose"),
+    ("lingen.errors", "lingen.files", "lingen.adacache_config", "lingen.autoencoder_config", "lingen.cache_config",
+     "lingen.config", "lingen.model_config", "lingen.operation_config", "lingen.reuse_config", "lingen.tae_config",
+     "lingen.text_config", "lingen.compose"),
     ("lingen.agreement", "lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output",
      "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),
