@@ -104,6 +104,8 @@ class AdaCacheConfig(Reusing):
     def _reference_is_as_published(self) -> AdaCacheConfig:
         if self.mode == "reference" and self.guards != GuardsConfig():
             raise ValueError("guards: mode=reference has the published ones, first=1 and last=2; take mode=fixed")
+        if self.mode == "reference" and self.reuse != "hold":
+            raise ValueError(f"reuse={self.reuse}: mode=reference holds, as published; take mode=fixed")
         return self
 
 
