@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from rich.progress import Progress
 
 from lingen.autoencoders import Autoencoder, load_autoencoder
+from lingen.cache_config import CacheConfig, read_cache
 from lingen.config import (
     BucketConfig,
     Config,
@@ -31,11 +32,13 @@ from lingen.flow import bucket_shift
 from lingen.models import Backbone, make_model
 from lingen.pipeline_folder import card, located, save
 from lingen.pipeline_output import FORMATS, OutputType, VideoOutput
-from lingen.sampling.guidance import forward_of, guided
+from lingen.sampling.cache import CacheRun, CacheSummary
+from lingen.sampling.call import Forward
+from lingen.sampling.guidance import contexts, forward_of, guided
 from lingen.sampling.noise import Random, draw_noise, generators
 from lingen.sampling.schedule import schedule
-from lingen.sampling.solver import solve
-from lingen.sampling_memory import forms_here, free_memory, predict_decoding, predict_denoising
+from lingen.sampling.solver import evaluations, solve
+from lingen.sampling_memory import forms_here, free_memory, predict_cache, predict_decoding, predict_denoising
 from lingen.sampling_plan import sampler_with, video_shape
 from lingen.text.encoders import TextEncoders, load_text_encoders, refuse_other_text
 
@@ -54,6 +57,8 @@ class LinGenPipeline:
     text: TextEncoders
     device: torch.device
     origin: Origin  # of the weights
+    cache: CacheConfig | None = field(default=None, init=False)
+    cache_summary: CacheSummary | None = field(default=None, init=False)  # of the last generation, where it had one
 
     @classmethod
     def from_pretrained(
@@ -122,6 +127,23 @@ class LinGenPipeline:
         self.autoencoder = load_autoencoder(self.config.autoencoder, self.device)
         self.text = load_text_encoders(self.config.text, self.device)
         return self
+
+    def enable_cache(self, cache: str | Path | Mapping[str, Any] | CacheConfig) -> None:
+        """Reuse what earlier steps computed, in every generation from now on.
+
+        Args:
+            cache: a name in conf/cache, a YAML file, its keys, or a configuration.
+
+        Raises:
+            UserError: a cache is on already; there is no such cache, or a key or a value is wrong.
+        """
+        if self.cache is not None:
+            raise UserError(f"cache={cache}: the cache {self.cache.policy} is on; call disable_cache() first")
+        self.cache = read_cache(cache)
+
+    def disable_cache(self) -> None:
+        """Compute everything again."""
+        self.cache = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,14 +229,30 @@ class LinGenPipeline:
         if output_type not in FORMATS:
             raise UserError(f"output_type={output_type} is none of {', '.join(FORMATS)}")
         draws = generators(len(prompts), generator, seeds)
+        run = self._cache_run(sampler)
         self._refuse_too_large(shape, sampler, len(prompts), decodes=output_type != "latent")
         size = latent_shape(self.config, shape.frames, shape.height, shape.width)
         noise = draw_noise((self.config.autoencoder.channels, *size), draws)
-        latents = self._denoise(prompts, negatives, noise, shape, sampler, callback_on_step_end, progress)
+        forward = forward_of(self.model) if run is None else run.forward
+        latents = self._denoise(forward, prompts, negatives, noise, shape, sampler, callback_on_step_end, progress)
+        self.cache_summary = None if run is None else run.summary()
         return VideoOutput(FORMATS[output_type](self.autoencoder, latents))
+
+    def _cache_run(self, sampler: SamplerConfig) -> CacheRun | None:
+        """What the cache knows in one generation; None where none is on.
+
+        Raises:
+            UserError: the model has not what the cache asks for.
+        """
+        self.cache_summary = None
+        if self.cache is None:
+            return None
+        calls, named = evaluations(sampler.solver, sampler.steps), contexts(sampler.guidance_scale, sampler.guidance)
+        return CacheRun(self.cache, self.model, calls=calls, contexts=named)
 
     def _denoise(
         self,
+        forward: Forward,
         prompts: Sequence[str],
         negatives: Sequence[str],
         noise: torch.Tensor,
@@ -228,7 +266,7 @@ class LinGenPipeline:
         tokens = prod(token_grid(self.config, shape.frames, shape.height, shape.width))
         sigmas = schedule(sampler, self.stage.timestep_shift or bucket_shift(tokens, self.config.flow))
         denoise = guided(
-            forward_of(self.model), text, unwanted, sampler.guidance_scale,
+            forward, text, unwanted, sampler.guidance_scale,
             device=self.device, dtype=self.dtype, mode=sampler.guidance,
         )  # fmt: skip
         with Progress(disable=not (progress and sys.stdout.isatty())) as bar:
@@ -262,8 +300,13 @@ class LinGenPipeline:
             "denoising": predict_denoising(self.config, shape, sampler, batch=batch, dtype=self.dtype, kernels=kernels),
             "decoding": predict_decoding(self.config, self.autoencoder, shape, self.device) if decodes else 0,
         }
+        if self.cache is not None:
+            needs["denoising"] += predict_cache(self.config, self.cache, shape, sampler, batch=batch, dtype=self.dtype)
         there = free_memory(self.device)
-        ways = {"denoising": "guidance=two_passes, fewer videos at once", "decoding": "tiles that are smaller (tile=)"}
+        ways = {
+            "denoising": "guidance=two_passes, fewer videos at once, another cache or none",
+            "decoding": "smaller tiles (tile=)",
+        }
         for what, bytes_ in needs.items():
             if bytes_ > there:
                 raise UserError(

@@ -2,13 +2,15 @@
 
 The denoiser runs on the meta device through some of its layers and two steps of the solver, and the autoencoder's
 decoder on fake tensors for one tile; every tensor counts from its first use to its end, as in ``lingen.memory``. What
-is beyond torch is not counted: the device's context, its allocator's gaps. Nor is the autoencoder's encoder.
+is beyond torch is not counted: the device's context, its allocator's gaps, what a library's convolution works in.
+Nor is the autoencoder's encoder.
 
 Shapes: B videos of F frames of H x W pixels; latents (B, C, T, h, w).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -17,11 +19,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lingen.autoencoders import Autoencoder
-from lingen.config import BucketConfig, Config, SamplerConfig, latent_shape
+from lingen.cache_config import CacheConfig
+from lingen.config import BucketConfig, Config, SamplerConfig, latent_shape, token_grid
 from lingen.kernels import forms
 from lingen.memory import Live, model_on_meta, peak
-from lingen.sampling.guidance import forward_of, guided
-from lingen.sampling.solver import solve
+from lingen.reuse_config import Reusing
+from lingen.sampling.cache.make import policies_of
+from lingen.sampling.cache.policy import SitePolicy
+from lingen.sampling.guidance import contexts, forward_of, guided
+from lingen.sampling.solver import evaluations, solve
 
 LAYERS = 4  # that are run: LinGen's scan orders repeat after so many, and without gradients no layer keeps anything
 FLOAT, RGB = 4, 3  # bytes; channels
@@ -35,15 +41,16 @@ class SamplingMemory:
     weights: int  # of the denoiser
     text: int  # weights of the text encoders
     denoising: int  # latents, velocities and activations
+    cache: int  # what it stores
     decoding: int  # pixels, activations of a tile, and the decoder
 
     @property
     def total(self) -> int:
         """What the device must have."""
-        return self.weights + self.text + max(self.denoising, self.decoding)
+        return self.weights + self.text + max(self.denoising + self.cache, self.decoding)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in asdict(self).items())
+        parts = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in asdict(self).items() if size)
         return f"{self.total / 1e9:.3g} GB ({parts})"
 
 
@@ -83,6 +90,33 @@ def predict_denoising(
         solve(denoise, noise, torch.tensor([1.0, 0.5, 0.0]), sampler.solver, lambda step, sigma, x: x)
 
     return peak(model, two_steps, kernels)
+
+
+def predict_cache(
+    config: Config,
+    cache: CacheConfig,
+    shape: BucketConfig,
+    sampler: SamplerConfig,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes of what a cache stores at most: the sum over a range of blocks, or an output of each block for each site.
+
+    Raises:
+        UserError: the model has not what the cache asks for.
+    """
+    policies = policies_of(cache, model_on_meta(config), evaluations(sampler.solver, sampler.steps))
+    kept = cache.kept if isinstance(cache, Reusing) else 1
+    tokens = math.prod(token_grid(config, shape.frames, shape.height, shape.width))
+    one = batch * tokens * config.size.d_model * dtype.itemsize
+    stored = 0
+    for context in contexts(sampler.guidance_scale, sampler.guidance):
+        policy = policies(context)
+        if policy is not None:
+            outputs = len(policy.sites) * config.depth if isinstance(policy, SitePolicy) else 1
+            stored += outputs * kept * one * (2 if context == "pair" else 1)
+    return stored
 
 
 def predict_decoding(config: Config, autoencoder: Autoencoder, shape: BucketConfig, device: torch.device) -> int:

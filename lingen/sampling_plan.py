@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lingen.autoencoders import load_autoencoder
+from lingen.cache_config import read_cache
 from lingen.compose import validate
 from lingen.config import BucketConfig, Config, SamplerConfig, geometry_problems
 from lingen.engine import DTYPES
@@ -19,7 +20,13 @@ from lingen.errors import UserError
 from lingen.export import find_trained
 from lingen.memory import planned_forms
 from lingen.pipeline_folder import located
-from lingen.sampling_memory import SamplingMemory, predict_decoding, predict_denoising, predict_weights
+from lingen.sampling_memory import (
+    SamplingMemory,
+    predict_cache,
+    predict_decoding,
+    predict_denoising,
+    predict_weights,
+)
 from lingen.text.load import weight_bytes
 
 Size = tuple[int | None, int | None, int | None]  # F, H, W
@@ -62,13 +69,14 @@ def predict_memory(
     autoencoder: str | None,
     encoders: Mapping[str, str],
     tile: Mapping[str, Any] | None,
+    cache: str | None = None,
 ) -> tuple[BucketConfig, SamplingMemory]:
     """What a pipeline of ``path`` would take for ``batch`` videos at once. The weights of the denoiser and of the
     text encoders are not loaded, and the device need not be here.
 
     Args:
         kernels: as ``kernels`` in the configuration.
-        sampler, dtype, autoencoder, encoders, tile: as ``LinGenPipeline`` takes them.
+        sampler, dtype, autoencoder, encoders, tile, cache: as ``LinGenPipeline`` takes them.
 
     Raises:
         UserError: what is asked cannot be made, or something is not there.
@@ -82,10 +90,14 @@ def predict_memory(
     precision = DTYPES[dtype or (config.engine.dtype if kind == "cuda" else "fp32")]
     shape, how = video_shape(config, size), sampler_with(config, sampler)
     forms = planned_forms(config, kind)
+    stored = 0
+    if cache is not None:
+        stored = predict_cache(config, read_cache(cache), shape, how, batch=batch, dtype=precision)
     cpu = torch.device("cpu")
     return shape, SamplingMemory(
         weights=predict_weights(config, precision),
         text=sum(weight_bytes(name, encoder) for name, encoder in config.text.encoders.items()),
         denoising=predict_denoising(config, shape, how, batch=batch, dtype=precision, kernels=forms),
+        cache=stored,
         decoding=predict_decoding(config, load_autoencoder(config.autoencoder, cpu), shape, cpu),
     )

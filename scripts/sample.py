@@ -1,9 +1,9 @@
 """Sample videos: ``python scripts/sample.py checkpoint=DIR prompt="a red circle moving left" out=DIR``.
 
 ``checkpoint`` is what ``save_pretrained`` saved, an export, a run folder (its last finished stage), or a checkpoint;
-the EMA weights are used. Writes NAME.mp4 and NAME.png, a contact sheet, for each prompt and seed as soon as they are done;
-NAME is the prompt in plain characters and the seed. What is there already is kept, so the same command goes on after an
-interruption; overwrite=true makes it anew. dry_run=true says how much memory it would take.
+the EMA weights are used. Writes NAME.mp4 and NAME.png, a contact sheet, for each prompt and seed as soon as they
+are done; NAME is the prompt in plain characters and the seed. What is there already is kept, so the same command goes
+on after an interruption; overwrite=true makes it anew. dry_run=true says how much memory it would take.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Words(BaseModel):
     seed: int = 0
     count: PositiveInt = 1  # videos a prompt, with the seeds seed, seed + 1, ...
     seeds: list[int] | None = None  # ... or with these
+    cache: str | None = None  # a name in conf/cache, a YAML file, or its keys: cache="{policy: fixed, period: 2}"
     batch: PositiveInt = 1  # videos that are sampled together
     truncate: bool = False  # let the text encoders cut a prompt that is longer than they take
     overwrite: bool = False  # of files that are there
@@ -164,6 +165,7 @@ def print_plan(words: Words) -> None:
         autoencoder=words.autoencoder,
         encoders=words.encoders,
         tile=words.tile.model_dump() if words.tile else None,
+        cache=words.cache,
     )
     print(f"{words.batch} videos of {shape} at once on {words.device}: {memory}")
 
@@ -184,6 +186,8 @@ def sample(words: Words, out: Path, todo: Sequence[tuple[str, int, Path]]) -> No
         tile=words.tile.model_dump() if words.tile else None,
     )
     choose_forms(words.kernels.model_dump(), pipeline.device, pipeline.dtype)
+    if words.cache is not None:
+        pipeline.enable_cache(words.cache)
     shape = pipeline.shape(words.frames, words.height, words.width)
     pipeline.sampler(steps=words.steps, **sampler_words(words))
     for key, texts in (("prompt", [prompt for prompt, _, _ in todo]), ("negative_prompt", [words.negative_prompt])):
@@ -209,6 +213,8 @@ def sample(words: Words, out: Path, todo: Sequence[tuple[str, int, Path]]) -> No
                 write_contact_sheet(sheet, video)
                 write_mp4(film, video, fps=pipeline.stage.fps)
             print(f"{film} {sheet}", flush=True)
+        if pipeline.cache_summary is not None:
+            print(f"cache {pipeline.cache_summary}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
