@@ -39,8 +39,11 @@ def policies_of(config: CacheConfig, model: Backbone, calls: int) -> Callable[[C
         case NeverConfig():
             return lambda context: None
         case FixedConfig(period=None):
+            for site, period in config.sites.items():
+                _within(f"sites.{site}", period, calls)
             return lambda context: SiteIntervals(config)
         case FixedConfig():
+            _within("period", config.period, calls)
             return lambda context: Interval(config, depth)
         case AdaCacheConfig():
             return adacache_policies(config, model, calls)
@@ -59,3 +62,8 @@ def policies_of(config: CacheConfig, model: Backbone, calls: int) -> Callable[[C
             return lambda context: FirstBlock(config, depth)
         case MagCacheConfig():
             return magcache_policies(config, model, calls)
+
+
+def _within(key: str, period: int | None, calls: int) -> None:
+    if period is not None and period > calls:
+        raise UserError(f"cache: policy=fixed: {key}={period}: this generation has {calls} calls")

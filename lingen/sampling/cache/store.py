@@ -6,6 +6,7 @@ Shapes: R rows, each with times of its own; a value (R, n, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -52,13 +53,11 @@ class Stored:
 
     def get(self, call: Call) -> Tensor:
         """What stands for the value now, of all rows; lent, not to be written to."""
-        first, *others = self._weights(call, range(len(self._times)))
-        if first == 1.0 and not others:
+        if len(self.values) == 1:
             return self.values[0]
-        out = self.values[0] * first
-        for value, weight in zip(self.values[1:], others, strict=False):
-            out.add_(value * weight)
-        return out
+        weights = self._weights(call, range(len(self._times)))
+        terms = [value * weight for value, weight in zip(self.values, weights, strict=False)]
+        return reduce(torch.add, terms)
 
     def add_to(self, x: Tensor, call: Call, rows: Sequence[int] | None = None) -> None:
         """Add it, in place, to these rows of x (R, n, D)."""
