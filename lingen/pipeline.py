@@ -234,7 +234,7 @@ class LinGenPipeline:
         size = latent_shape(self.config, shape.frames, shape.height, shape.width)
         noise = draw_noise((self.config.autoencoder.channels, *size), draws)
         forward = forward_of(self.model) if run is None else run.forward
-        latents = self._denoise(forward, prompts, negatives, noise, shape, sampler, callback_on_step_end, progress)
+        latents = self.denoise(forward, prompts, negatives, noise, shape, sampler, callback_on_step_end, progress)
         self.cache_summary = None if run is None else run.summary()
         return VideoOutput(FORMATS[output_type](self.autoencoder, latents))
 
@@ -250,7 +250,7 @@ class LinGenPipeline:
         calls, named = evaluations(sampler.solver, sampler.steps), contexts(sampler.guidance_scale, sampler.guidance)
         return CacheRun(self.cache, self.model, calls=calls, contexts=named)
 
-    def _denoise(
+    def denoise(
         self,
         forward: Forward,
         prompts: Sequence[str],
@@ -258,10 +258,10 @@ class LinGenPipeline:
         noise: torch.Tensor,
         shape: BucketConfig,
         sampler: SamplerConfig,
-        callback: Callback | None,
-        progress: bool,
+        callback: Callback | None = None,
+        progress: bool = False,
     ) -> torch.Tensor:
-        """From noise to latents, (B, C, T, h, w) fp32."""
+        """From noise to latents, (B, C, T, h, w) fp32; ``forward`` stands for the model's own."""
         text, unwanted = self.text.encode(prompts), self.text.encode(negatives)
         tokens = prod(token_grid(self.config, shape.frames, shape.height, shape.width))
         sigmas = schedule(sampler, self.stage.timestep_shift or bucket_shift(tokens, self.config.flow))

@@ -84,6 +84,11 @@ class FixedPolicy:
         self._last: Tensor | None = None  # (R, n, D), each sample's at its last computed call
         self._layout: Layout | None = None  # of all samples
 
+    @property
+    def measured(self) -> list[list[Measured]]:
+        """By sample; the same in all contexts of a generation."""
+        return self._judge.measured
+
     def span(self, call: Call) -> range:
         """All blocks."""
         return self._span
