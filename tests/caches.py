@@ -46,9 +46,9 @@ def text_of(seeds: list[int]) -> Text:
     return {"minilm": torch.stack(draws)}, torch.ones(len(seeds), 7, dtype=torch.bool)
 
 
-def noise_of(seeds: list[int]) -> Tensor:
+def noise_of(seeds: list[int], latents: tuple[int, ...] = LATENTS) -> Tensor:
     """Of each seed, some that is larger the larger the seed is: videos of one batch change at different rates."""
-    draws = [torch.randn(LATENTS, generator=torch.Generator().manual_seed(seed)) * (1 + seed) for seed in seeds]
+    draws = [torch.randn(latents, generator=torch.Generator().manual_seed(seed)) * (1 + seed) for seed in seeds]
     return torch.stack(draws)
 
 
@@ -60,6 +60,7 @@ def generate(
     mode: Any = "batch",
     scale: float = 3.0,
     steps: int = STEPS,
+    latents: tuple[int, ...] = LATENTS,
     after: Callable[[int, float, Tensor], Tensor] = lambda step, sigma, x: x,
 ) -> Tensor:
     """Guided latents (B, C, T', H', W')."""
@@ -68,7 +69,7 @@ def generate(
         device=torch.device("cpu"), dtype=torch.float32, mode=mode,
     )  # fmt: skip
     with torch.no_grad():
-        return solve(denoise, noise_of(seeds), torch.linspace(1, 0, steps + 1), solver, after)
+        return solve(denoise, noise_of(seeds, latents), torch.linspace(1, 0, steps + 1), solver, after)
 
 
 def uncached(made: Backbone, seeds: list[int], **words: Any) -> Tensor:
