@@ -57,9 +57,9 @@ def test_a_damaged_video_is_named(make_run: Make) -> None:
     run = read_run(folder)
     whole = (folder / "00001.mkv").read_bytes()
     (folder / "00001.mkv").write_bytes(whole[:-40])
-    with pytest.raises(UserError, match="00001.mkv is not the video that was sampled"):
+    with pytest.raises(UserError, match=r"00001\.mkv is not the video that was sampled"):
         run.pixels(1)
-    with pytest.raises(ValueError, match="cannot be decoded|has no frames"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|has no frames"):
         decode_lossless(whole[:200])
     record = json.loads((folder / "00003.json").read_text())
     for change, message in (({"seconds": -1}, "seconds"), ({"flops": "many"}, "flops"), ({"seed": 9}, "seed 9")):
@@ -67,7 +67,7 @@ def test_a_damaged_video_is_named(make_run: Make) -> None:
         with pytest.raises(UserError, match=rf"00003.json.*{message}"):
             read_run(folder)
     (folder / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json"):
+    with pytest.raises(UserError, match=r"run\.json"):
         read_run(folder)
 
 
@@ -77,8 +77,8 @@ def test_a_damaged_video_is_named(make_run: Make) -> None:
         ({"count": 3}, "a has 4 videos, b 3; compare runs of the same prompts and seeds"),
         ({"height": 48}, f"a has videos of {FRAMES}x{SIZE}x{SIZE}, b of {FRAMES}x48x{SIZE}"),
         ({"fps": 16.0}, "a has 8 frames/s, b 16"),
-        ({"videos": [Asked(prompt=clip(n)[1], seed=n + (n == 2)) for n in range(4)]}, "00002 has seed 2 in a but 3 in b"),
-        ({"videos": [Asked(prompt=clip(n)[1] + "!" * (n == 1), seed=n) for n in range(4)]}, "00001 is '.*' in a but '.*!' in b"),
+        ({"videos": [Asked(prompt=clip(n)[1], seed=(0, 1, 3, 3)[n]) for n in range(4)]}, "00002 has seed 2 in a but 3"),
+        ({"videos": [Asked(prompt=clip(n)[1] + ", !"[n], seed=n) for n in range(2)] * 2}, "00000 is '.*' in a but"),
     ],
 )  # fmt: skip
 def test_runs_that_cannot_be_compared_are_refused(make_run: Make, fields: dict[str, Any], message: str) -> None:

@@ -32,9 +32,8 @@ if (here / "broken").exists():
 videos = sorted(Path(asked.videos_path).iterdir())
 assert all(video.read_bytes()[4:8] == b"ftyp" for video in videos)
 scale = {{"imaging_quality": 10.0, "dynamic_degree": True}}
-entries = lambda d: [
-    {{"video_path": str(v), "video_results": scale[d] * (n % 2 == 0) if d in scale else n / 10}} for n, v in enumerate(videos)
-]
+value = lambda d, n: scale[d] * (n % 2 == 0) if d in scale else n / 10
+entries = lambda d: [{{"video_path": str(v), "video_results": value(d, n)}} for n, v in enumerate(videos)]
 tree = {{d: [0.5, entries(d)] for d in asked.dimension}}
 if (here / "strange").exists():
     tree = json.loads((here / "strange").read_text())
