@@ -9,6 +9,7 @@ scan      the scan's CPU time per token at 1k to 64k tokens, against full attent
           torch scans of mamba-ssm and transformers
 import    the wall time of ``import lingen`` and of importing the training loop
 loop      what keeping a run alive costs: the loop's own work a step, a resume, an index, checkpoints beside training
+cache     a guided generation with a cache beside one without: executed FLOPs, time, PSNR, and what deciding costs
 data      the loader's frames/s against a bare decoding loop, its bytes/s of latents against reading tar files, and the
           growth of a worker's memory
 demo      the wall time and the peak memory of ``make demo``, without installation
@@ -23,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lingen.bench import ablation, block, data, demo, flops, imports, latency, loop, memory, scan
+from lingen.bench import ablation, block, cache, data, demo, flops, imports, latency, loop, memory, scan
 from lingen.compose import parse
 from lingen.errors import UserError, nearest, run_main
 
@@ -36,6 +37,7 @@ BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], object]]] = {
     "scan": (scan.ScanWords, scan.run),
     "import": (imports.ImportWords, imports.run),
     "loop": (loop.LoopWords, loop.run),
+    "cache": (cache.CacheWords, cache.run),
     "data": (data.DataWords, data.run),
     "demo": (demo.DemoWords, demo.run),
 }
