@@ -74,7 +74,8 @@ def check_shape(frames: npt.ArrayLike, shape: str) -> bool:
 def _dominant(frames: npt.ArrayLike) -> Floats:
     """How much of each pixel is of the most common saturated colour: (F, H, W) in [0, 1]."""
     colours, weights = _saturated(frames)
-    return weights * (colours == _areas(colours, weights).argmax())
+    mask: Floats = weights * (colours == _areas(colours, weights).argmax())
+    return mask
 
 
 def _middle(mask: Floats) -> tuple[Floats, Floats]:

@@ -22,7 +22,7 @@ from lingen.evaluation.folder import Asked, RunFile, begin_run, write_video
 from lingen.evaluation.meter import machine, metered, now
 from lingen.evaluation.settings import Variant
 from lingen.pipeline import LinGenPipeline
-from lingen.sampling.cache import CacheRun
+from lingen.sampling.cache import CacheRun, CacheSummary
 from lingen.sampling.guidance import contexts
 from lingen.sampling.solver import evaluations
 
@@ -103,7 +103,7 @@ def _warm_up(pipeline: LinGenPipeline, asked: Asked, shape: BucketConfig) -> Non
     pipeline([asked.prompt], seeds=[asked.seed], num_inference_steps=WARM_UP_STEPS, progress=False, **_size(shape))
 
 
-def _size(of: BucketConfig | RunFile) -> dict[str, int]:
+def _size(of: BucketConfig | RunFile) -> dict[str, Any]:
     return {"num_frames": of.frames, "height": of.height, "width": of.width}
 
 
@@ -149,7 +149,15 @@ def _sample(
         "seconds": meter.seconds / len(asked),
         "flops": flops // len(asked),
         "peak_memory": meter.peak_memory,
-        "cache": None if summary is None else asdict(summary),
     }
-    for number, one, video in zip(numbers, asked, videos, strict=True):
-        write_video(folder, number, video, file.fps, cost | {"prompt": one.prompt, "seed": one.seed})
+    for place, (number, one, video) in enumerate(zip(numbers, asked, videos, strict=True)):
+        own = {"prompt": one.prompt, "seed": one.seed, "cache": None if summary is None else _skipped(summary, place)}
+        write_video(folder, number, video, file.fps, cost | own)
+
+
+def _skipped(summary: CacheSummary, place: int) -> dict[str, Any]:
+    """The batch's summary, with the schedule of one of its videos alone."""
+    tree = asdict(summary)
+    for context in tree["contexts"].values():
+        context["schedules"] = context["schedules"][place : place + 1]
+    return tree

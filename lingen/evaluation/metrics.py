@@ -30,10 +30,10 @@ def psnr(video: Tensor, other: Tensor) -> float:
     _check(video, other)
     errors = [
         (a.double() - b.double()).square().mean((0, 2, 3))  # (frames,)
-        for a, b in zip(video.split(FRAMES, 1), other.split(FRAMES, 1), strict=True)
+        for a, b in zip(torch.split(video, FRAMES, 1), torch.split(other, FRAMES, 1), strict=True)
     ]
     decibels = 10 * torch.log10(255.0**2 / torch.cat(errors))  # infinite where frames are equal
-    return decibels.clamp(max=SAME_DB).mean().item()
+    return float(decibels.clamp(max=SAME_DB).mean())
 
 
 def ssim(video: Tensor, other: Tensor) -> float:
@@ -46,7 +46,7 @@ def ssim(video: Tensor, other: Tensor) -> float:
     _check(video, other)
     if min(video.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs {WINDOW} pixels a side, got {tuple(video.shape[2:])}")
-    parts = zip(video.split(FRAMES, 1), other.split(FRAMES, 1), strict=True)
+    parts = zip(torch.split(video, FRAMES, 1), torch.split(other, FRAMES, 1), strict=True)
     total = sum((_ssim(a.float().flatten(0, 1), b.float().flatten(0, 1)).double().sum().item() for a, b in parts), 0.0)
     return total / (video.shape[0] * video.shape[1])
 
@@ -77,7 +77,7 @@ def steadiness(video: Tensor) -> float:
     """
     if video.shape[1] < 2:
         raise ValueError("one frame cannot flicker")
-    pairs = zip(video[:, :-1].split(FRAMES, 1), video[:, 1:].split(FRAMES, 1), strict=True)
+    pairs = zip(torch.split(video[:, :-1], FRAMES, 1), torch.split(video[:, 1:], FRAMES, 1), strict=True)
     total = sum((a.double() - b.double()).abs().sum().item() for a, b in pairs)
     return 1 - total / video[:, 1:].numel() / 255
 
@@ -117,7 +117,7 @@ class Lpips:
         """The distance of two videos."""
         _check(video, other)
         total = 0.0
-        for a, b in zip(video.split(FRAMES, 1), other.split(FRAMES, 1), strict=True):
+        for a, b in zip(torch.split(video, FRAMES, 1), torch.split(other, FRAMES, 1), strict=True):
             one, two = (part[None].float() / 127.5 - 1 for part in (a, b))  # (1, 3, frames, H, W) in [-1, 1]
             total += self._distance(one, two).item() * a.shape[1]
         return total / video.shape[1]

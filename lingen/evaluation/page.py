@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from data.encode import encode_mp4
 from lingen.comparison.style import si
-from lingen.evaluation.folder import RunFile, SampledRun, stem
+from lingen.evaluation.folder import RunFile, SampledRun, VideoRecord, stem
 from lingen.evaluation.plot import colours
 from lingen.evaluation.result import Measured, Result, metric
 from lingen.evaluation.tables import details, number, overview
@@ -96,9 +96,16 @@ def _card(one: Measured, n: int, side: int) -> dict[str, Any]:
         "media": base64.b64encode(_small(one.run, n, side)).decode(),
         "cost": f"{si(record.flops, 'FLOP')}, {record.seconds:.3g} s",
         "told": told,
+        "calls": _calls(record),
         "wrong": [key for key, value in checked.items() if value == 0],
         "right": [key for key, value in checked.items() if value == 1],
     }
+
+
+def _calls(record: VideoRecord) -> list[bool]:
+    """For each call of the model whether it was computed, where a cache decided that for the whole stack."""
+    contexts = (record.cache or {}).get("contexts", {})
+    return next((context["schedules"][0] for context in contexts.values() if context.get("schedules")), [])
 
 
 def _small(run: SampledRun, n: int, side: int) -> bytes:
