@@ -32,7 +32,8 @@ ROWS = (
      "lingen.loop", "lingen.memory", "lingen.pipeline", "lingen.pipeline_folder", "lingen.pipeline_output",
      "lingen.plan", "lingen.sampling_memory", "lingen.sampling_plan", "lingen.step", "lingen.tae_export",
      "lingen.tae_task", "lingen.task", "lingen.tasks", "lingen.validation"),
-    ("lingen.bench", "lingen.cluster", "lingen.comparison", "lingen.evaluation", "lingen.preview"),
+    ("lingen.bench", "lingen.calibration", "lingen.cluster", "lingen.comparison", "lingen.evaluation",
+     "lingen.preview"),
     ("scripts", "slurm.launch", "train"),
 )
 # Rooms that see less than the rows above them.

@@ -1,17 +1,10 @@
-"""AdaCache in a generation: who decides, by what, and that off, batches, guidance in two passes and ranks agree.
-
-This file is also the program that two ranks run (see ``work``).
-"""
+"""AdaCache in a generation: who decides, by what, and that off, batches and guidance in two passes agree."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -20,12 +13,11 @@ from torch import Tensor
 
 from lingen.adacache_config import AdaCacheConfig
 from lingen.compose import compose
-from lingen.dist import init
 from lingen.errors import UserError
 from lingen.models import Backbone, make_model
 from lingen.models.backbone import Context as ModelContext
 from lingen.models.block import Part
-from lingen.models.parallel import ALONE, SequenceGroup, parallelise
+from lingen.models.parallel import ALONE
 from lingen.sampling.adacache import reference_schedule
 from lingen.sampling.cache.adacache import FixedPolicy, Judge, adacache_policies
 from lingen.sampling.cache.distance import change_sums, motion_sums
@@ -295,57 +287,3 @@ def test_what_the_scan_adds_is_probed_in_natural_order_without_review_tokens() -
 def test_a_wrong_configuration_is_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdaCacheConfig.model_validate(config)
-
-
-GRIDS = [(5, 3, 4), (3, 5, 7), (2, 1, 3), (1, 1, 3), (1, 1, 5), (7, 1, 1)]
-
-
-def work(out: Path) -> None:
-    """In each of the ranks: sums of random residuals, and generations, beside what a rank alone has."""
-    torch.set_num_threads(1)
-    dist = init("cpu", 2)
-    group = SequenceGroup(dist.sequence_group, dist.sequence_rank, dist.sequence)
-    generator, worst = torch.Generator().manual_seed(0), 0.0
-    for grid in GRIDS:
-        old, new = torch.randn(2, 2, grid[0] * grid[1] * grid[2], 6, generator=generator)
-        my_old, my_new = (group.slice_of(x + 1.0) - 1.0 for x in (old, new))  # what pads them is not zero
-        shared = Layout(2, 2, grid, group)
-        pairs = [
-            (motion_sums(old, (1, 2, 3), layout(grid, 2)), motion_sums(my_old, (1, 2, 3), shared)),
-            (change_sums(old, new, layout(grid, 2)), change_sums(my_old, my_new, shared)),
-        ]
-        for expected, found in pairs:
-            worst = max(worst, float((shared.totals(found) - expected).abs().max()))
-    results: dict[str, Any] = {"worst": worst}
-    for name in MODELS:
-        for mode in ("fixed", "reference") if name == "dit" else ("fixed",):
-            config = {"mode": mode, **BOOK, "moreg": MOTION}
-            parallelise(model_of(name), ALONE)
-            alone = Generation(model_of(name), config, [1, 2, 3]).schedules
-            parallelise(model_of(name), group)
-            results[f"{name} {mode}"] = [alone, *dist.gather(Generation(model_of(name), config, [1, 2, 3]).schedules)]
-    if dist.rank == 0:
-        out.write_text(json.dumps(results))
-    dist.close()
-
-
-def test_two_ranks_decide_as_one(tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID")}
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(tmp_path / "results.json")],
-        env=environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results.pop("worst") < 1e-4
-    for alone, first, second in results.values():
-        assert alone == first == second
-        assert not all(map(all, alone["pair"]))
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
