@@ -113,23 +113,23 @@ def codebook_of(given: Codebook | Mapping[float, int] | Sequence[Any]) -> Codebo
     """A ``Codebook`` from what stands for one.
 
     Args:
-        given: ``(entries, last)``, as a ``Codebook`` has them; or {threshold: rate} or [(threshold, rate), ...], as in
-            the published code, where the rate of the last pair holds above all thresholds before it and its own
-            threshold is not read.
+        given: ``(entries, last)``, as a ``Codebook`` has them; [(threshold, rate), ..., last]; or {threshold: rate} or
+            [(threshold, rate), ...], as in the published code, where the rate of the last pair holds above all
+            thresholds before it and its own threshold is not read.
 
     Raises:
         UserError: it is none of these, or has no rate; thresholds that do not ascend; a rate below 1.
     """
-    form = "give (entries, last), or {threshold: rate, ...} or [(threshold, rate), ...] whose last rate is the rest's"
+    form = "give {threshold: rate, ...} or [(threshold, rate), ...], whose last rate is the rest's, or (entries, last)"
     try:
-        parts: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
-        if len(parts) == 2 and isinstance(parts[1], int):
-            pairs, last = parts
-        else:
-            *pairs, (_, last) = parts
+        pairs: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
+        end = pairs.pop()
+        last = end if isinstance(end, int) else end[1]
+        if isinstance(end, int) and len(pairs) == 1 and not (pairs[0] and isinstance(pairs[0][0], float | int)):
+            (pairs,) = pairs  # (entries, last)
         book = Codebook(tuple((float(threshold), rate) for threshold, rate in pairs), last)
         problem = book.problem()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"codebook={given!r} cannot be read; {form}") from error
     if problem or not all(isinstance(rate, int) for rate in (book.last, *(rate for _, rate in book.entries))):
         raise UserError(f"codebook={given!r}: {problem or 'a rate is a whole number of calls'}")

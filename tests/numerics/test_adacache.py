@@ -158,11 +158,12 @@ def test_probes_of_calls_that_are_not_computed_are_not_looked_at() -> None:
 def test_all_forms_of_a_codebook_and_of_moreg_mean_the_same() -> None:
     probes = walk(random.Random(5), 30, 3, 8)
     entries = ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2))
-    books: list[Any] = [FAST_30, list(FAST_30.items()), (entries, 1), Codebook(entries, 1)]
+    books: list[Any] = [FAST_30, list(FAST_30.items()), (entries, 1), [*entries, 1], Codebook(entries, 1)]
     moregs: list[Any] = [True, (4, 26), {"window": [4, 26]}, MoReg(window=(4, 26))]
     schedules = [reference_schedule(probes, 30, book, moreg) for book in books for moreg in moregs]
     assert all(schedule == schedules[0] for schedule in schedules)
-    assert reference_schedule(probes, 30, {1.0: 1}) == [True] * 30
+    assert all(reference_schedule(probes, 30, book) == [True] * 30 for book in ({1.0: 1}, [1], ((), 1)))
+    assert reference_schedule(probes, 30, [(0.5, 3), 1]) == reference_schedule(probes, 30, (((0.5, 3),), 1))
 
 
 @pytest.mark.parametrize(
