@@ -22,6 +22,7 @@ from lingen.config import Config, RunConfig, StageConfig
 from lingen.dist import Dist
 from lingen.errors import UserError
 from lingen.manifest import MANIFEST, STATE, manifest_digest, problem_with, read_manifest, step_folders
+from lingen.models import Backbone, make_model
 from lingen.runfolder import export_folder, read_config, stage_folder, write_aside
 from lingen.shardfiles import Damaged
 
@@ -129,6 +130,29 @@ def load_trained(path: Path) -> Trained:
         raise UserError(f"{folder} is not a whole checkpoint: {problem}")
     origin = _origin(folder, folder.resolve().parent.name)
     return Trained(folder, config, checkpoint.assemble(folder, "ema"), origin)
+
+
+def trained_model(trained: Trained) -> Backbone:
+    """The model with those weights.
+
+    Raises:
+        UserError: they are another architecture's.
+    """
+    config = trained.config
+    with torch.device("meta"):
+        model = make_model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in trained.weights.items()}
+    wrong = sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name))
+    if wrong:
+        has, wants = (shapes.get(wrong[0], "missing") for shapes in (there, expected))
+        raise UserError(
+            f"{trained.folder}: its weights are of another architecture than its configuration, which is "
+            f"{config.model.name} of {config.depth} layers; {len(wrong)} tensors differ, such as {wrong[0]}: {has}, "
+            f"not {wants}"
+        )
+    model.load_state_dict(trained.weights, assign=True)
+    return model
 
 
 def find_trained(path: Path) -> tuple[Path, Config]:

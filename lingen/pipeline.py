@@ -17,17 +17,10 @@ from rich.progress import Progress
 
 from lingen.autoencoders import Autoencoder, load_autoencoder
 from lingen.cache_config import CacheConfig, read_cache
-from lingen.config import (
-    BucketConfig,
-    Config,
-    SamplerConfig,
-    StageConfig,
-    latent_shape,
-    token_grid,
-)
+from lingen.config import BucketConfig, Config, SamplerConfig, StageConfig, latent_shape, token_grid
 from lingen.engine import DTYPES
 from lingen.errors import UserError
-from lingen.export import Origin, load_trained
+from lingen.export import Origin, load_trained, trained_model
 from lingen.flow import bucket_shift
 from lingen.models import Backbone, make_model
 from lingen.pipeline_folder import card, located, save
@@ -95,7 +88,7 @@ class LinGenPipeline:
             )
         text = load_text_encoders(config.text, place)
         refuse_other_text(trained.origin.text_fingerprint, text.fingerprints, f"{path} was trained with")
-        model = _model(config, trained.weights, path)
+        model = trained_model(trained)
         (stage,) = config.stages.values()
         precision = DTYPES[dtype or (config.engine.dtype if place.type == "cuda" else "fp32")]
         return cls(config, stage, model.to(place, precision).eval(), latents, text, place, trained.origin)
@@ -212,20 +205,13 @@ class LinGenPipeline:
             UserError: a shape, a number or a text that cannot be taken; not as many seeds as prompts; more memory than
                 the device has.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         shape = self.shape(num_frames, height, width)
         sampler = self.sampler(
             steps=num_inference_steps, guidance_scale=guidance_scale, guidance=guidance, solver=solver,
             schedule=schedule, shift=shift, emulated_steps=emulated_steps,
         )  # fmt: skip
         negative = sampler.negative_prompt if negative_prompt is None else negative_prompt
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if not prompts:
-            raise UserError("prompt: give one at least")
-        if len(negatives) != len(prompts):
-            raise UserError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one a prompt")
-        for key, texts in (("prompt", prompts), ("negative_prompt", negatives)):
-            self.refuse_long(() if truncate else texts, key)
+        prompts, negatives = self._texts(prompt, negative, truncate)
         if output_type not in FORMATS:
             raise UserError(f"output_type={output_type} is none of {', '.join(FORMATS)}")
         draws = generators(len(prompts), generator, seeds)
@@ -279,6 +265,24 @@ class LinGenPipeline:
 
             return solve(denoise, noise.to(self.device), sigmas, sampler.solver, after)
 
+    def _texts(
+        self, prompt: str | Sequence[str], negative: str | Sequence[str], truncate: bool
+    ) -> tuple[list[str], list[str]]:
+        """The prompts, and as many negative ones.
+
+        Raises:
+            UserError: there is none, not as many, or one is longer than an encoder takes.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if not prompts:
+            raise UserError("prompt: give one at least")
+        if len(negatives) != len(prompts):
+            raise UserError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one a prompt")
+        for key, texts in (("prompt", prompts), ("negative_prompt", negatives)):
+            self.refuse_long(() if truncate else texts, key)
+        return prompts, negatives
+
     def refuse_long(self, texts: Sequence[str], key: str = "prompt") -> None:
         """Raises:
         UserError: one of ``texts``, a value of ``key``, has more tokens than a text encoder takes.
@@ -314,27 +318,6 @@ class LinGenPipeline:
                     f"needs {bytes_ / 1e9:.3g} GB, and {self.device} has {there / 1e9:.3g} GB free; try {ways[what]} "
                     "or a smaller video"
                 )
-
-
-def _model(config: Config, weights: Mapping[str, torch.Tensor], path: str | Path) -> Backbone:
-    """The model with these weights.
-
-    Raises:
-        UserError: they are another architecture's.
-    """
-    with torch.device("meta"):
-        model = make_model(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name))
-    if wrong:
-        has, wants = (shapes.get(wrong[0], "missing") for shapes in (there, expected))
-        raise UserError(
-            f"{path}: its weights are of another architecture than its configuration, which is {config.model.name} of "
-            f"{config.depth} layers; {len(wrong)} tensors differ, such as {wrong[0]}: {has}, not {wants}"
-        )
-    model.load_state_dict(weights, assign=True)
-    return model
 
 
 def _device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import psutil
 import torch
@@ -24,6 +25,7 @@ from lingen.config import BucketConfig, Config, SamplerConfig, latent_shape, tok
 from lingen.kernels import forms
 from lingen.memory import Live, model_on_meta, peak
 from lingen.reuse_config import Reusing
+from lingen.sampling.cache import CacheRun
 from lingen.sampling.cache.make import policies_of
 from lingen.sampling.cache.policy import SitePolicy
 from lingen.sampling.guidance import contexts, forward_of, guided
@@ -106,12 +108,15 @@ def predict_cache(
     Raises:
         UserError: the model has not what the cache asks for.
     """
-    policies = policies_of(cache, model_on_meta(config), evaluations(sampler.solver, sampler.steps))
+    model, calls = model_on_meta(config), evaluations(sampler.solver, sampler.steps)
+    named = contexts(sampler.guidance_scale, sampler.guidance)
+    CacheRun(cache, model, calls=calls, contexts=named)  # refuses what the model has not
+    policies = policies_of(cache, model, calls)
     kept = cache.kept if isinstance(cache, Reusing) else 1
     tokens = math.prod(token_grid(config, shape.frames, shape.height, shape.width))
     one = batch * tokens * config.size.d_model * dtype.itemsize
     stored = 0
-    for context in contexts(sampler.guidance_scale, sampler.guidance):
+    for context in named:
         policy = policies(context)
         if policy is not None:
             outputs = len(policy.sites) * config.depth if isinstance(policy, SitePolicy) else 1
@@ -125,16 +130,17 @@ def predict_decoding(config: Config, autoencoder: Autoencoder, shape: BucketConf
     Args:
         autoencoder: of ``config.autoencoder``, on ``device``; it is not run.
     """
-    tile = config.autoencoder.tile
-    limits = (None, None, None) if tile is None else (tile.frames, tile.height, tile.width)
+    tiles = config.autoencoder.tile
+    limits = (None, None, None) if tiles is None else (tiles.frames, tiles.height, tiles.width)
     whole = shape.frames, shape.height, shape.width
     frames, height, width = (min(size, limit or size) for size, limit in zip(whole, limits, strict=True))
     latents = 1, config.autoencoder.channels, *latent_shape(config, frames, height, width)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Live(device.type) as live:
         autoencoder.decode(torch.empty(latents, device=device))
-    joined = [whole, (frames, *whole[1:]), (frames, height, whole[2])]  # what tiles are put into, axis by axis
-    split = (frames < whole[0], height < whole[1], width < whole[2])
-    pixels = sum(f * h * w for (f, h, w), is_split in zip(joined, split, strict=True) if is_split)
+    cut = [whole, (frames, *whole[1:]), (frames, height, whole[2]), (frames, height, width)]  # axis by axis
+    volumes = [math.prod(box) for box in cut]
+    # Where an axis is cut, what its tiles are put into is held, and the tile before while the next is made.
+    pixels = sum(into + tile for into, tile in pairwise(volumes) if tile < into)
     return int(live.peak) + FLOAT * RGB * pixels
 
 

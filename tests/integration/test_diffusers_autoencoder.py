@@ -43,5 +43,8 @@ def test_a_run_trains_resumes_and_samples_in_its_latents(world: Any, tmp_path: P
         LinGenPipeline.from_pretrained(run, autoencoder=str(vae))
     pipeline = LinGenPipeline.from_pretrained(run)
     assert pipeline.autoencoder.fingerprint == load(moved, NAME).fingerprint
-    video = pipeline(["a red ball"], steps=2, progress=False)
+    video = pipeline(["a red ball"], num_inference_steps=2, progress=False).frames
     assert video.shape == (1, 3, 13, 48, 64) and video.dtype == torch.uint8
+    pipeline.save_pretrained(tmp_path / "saved")
+    moved.rename(tmp_path / "gone")
+    assert LinGenPipeline.from_pretrained(tmp_path / "saved").autoencoder.fingerprint == pipeline.autoencoder.fingerprint

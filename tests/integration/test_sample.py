@@ -53,19 +53,19 @@ def test_the_script_writes_a_video_and_a_contact_sheet(run: Path, python: Any, t
 
 
 def test_a_video_depends_on_its_seed_and_prompt_alone(pipeline: LinGenPipeline) -> None:
-    shape = {"frames": 9, "height": 32, "width": 48, "steps": 3, "progress": False}
+    shape = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 3, "progress": False}
     prompts = ["a red circle", "a blue star", "a red circle"]
-    both = pipeline(prompts, seeds=[1, 2, 3], **shape)  # type: ignore[arg-type]
-    alone = pipeline(prompts[1:2], seeds=[2], **shape)  # type: ignore[arg-type]
+    both = pipeline(prompts, seeds=[1, 2, 3], **shape).frames  # type: ignore[arg-type]
+    alone = pipeline(prompts[1], seeds=2, **shape).frames  # type: ignore[arg-type]
     assert both.shape == (3, 3, 9, 32, 48) and both.dtype == torch.uint8
     assert (both[1].int() - alone[0].int()).abs().max() <= 1  # a sum's order may differ with the batch
     assert not torch.equal(both[0], both[2])
 
 
 def test_guidance_of_one_is_the_text_alone(pipeline: LinGenPipeline) -> None:
-    shape = {"frames": 1, "height": 32, "width": 32, "steps": 2, "progress": False}
-    plain = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="a blue star", **shape)  # type: ignore[arg-type]
-    other = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="", **shape)  # type: ignore[arg-type]
+    shape = {"num_frames": 1, "height": 32, "width": 32, "num_inference_steps": 2, "progress": False}
+    plain = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="a blue star", **shape).frames  # type: ignore[arg-type]
+    other = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="", **shape).frames  # type: ignore[arg-type]
     assert torch.equal(plain, other)
 
 
@@ -84,8 +84,8 @@ def test_bf16_samples_are_close_to_fp32(run: Path, pipeline: LinGenPipeline) -> 
     half = LinGenPipeline.from_pretrained(run, dtype="bf16")
     assert {p.dtype for p in half.model.parameters()} == {p.dtype for p in half.untrained().model.parameters()}
     assert next(half.model.parameters()).dtype == torch.bfloat16
-    shape = {"frames": 9, "height": 32, "width": 32, "steps": 2, "progress": False}
-    videos = [p(["a red circle"], **shape).float() for p in (half, pipeline)]  # type: ignore[arg-type]
+    shape = {"num_frames": 9, "height": 32, "width": 32, "num_inference_steps": 2, "progress": False}
+    videos = [p(["a red circle"], **shape).frames.float() for p in (half, pipeline)]  # type: ignore[arg-type]
     assert (videos[0] - videos[1]).abs().mean() < 4  # of 255; so few steps of training may leave no difference at all
 
 

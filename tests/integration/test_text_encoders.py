@@ -66,14 +66,22 @@ def test_a_run_knows_its_encoders_by_their_content(world: Any, tmp_path: Path) -
         LinGenPipeline.from_pretrained(reference, encoders={"t6": str(there / "t5")})
     pipeline = LinGenPipeline.from_pretrained(reference, encoders={"t5": str(there / "t5")})
     wake(pipeline)
-    shape = {"steps": 2, "progress": False}
+    shape = {"num_inference_steps": 2, "progress": False}
     plain, sign = (
-        pipeline([text], seeds=[1], **shape)  # type: ignore[arg-type]
+        pipeline([text], seeds=[1], **shape).frames  # type: ignore[arg-type]
         for text in ("a red circle", 'a red circle "OK"')
     )
-    both = pipeline(["a red circle", 'a red circle "OK"'], seeds=[1, 1], **shape)  # type: ignore[arg-type]
+    both = pipeline(["a red circle", 'a red circle "OK"'], seeds=[1, 1], **shape).frames  # type: ignore[arg-type]
     assert (both.int() - torch.cat([plain, sign]).int()).abs().max() <= 1  # one with tokens of the ByT5, one without
     assert not torch.equal(plain, sign)
+
+    pipeline.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    for path in (there / "t5", there / "byt5"):
+        shutil.move(path, tmp_path / f"{path.name}.gone")
+    moved = LinGenPipeline.from_pretrained(tmp_path / "moved")
+    assert moved.text.fingerprints == pipeline.text.fingerprints
+    assert torch.equal(moved('a red circle "OK"', seeds=1, **shape).frames, sign)  # type: ignore[arg-type]
 
 
 def wake(pipeline: LinGenPipeline) -> None:

@@ -14,15 +14,25 @@ from lingen.autoencoders.pca import PcaAutoencoder
 from lingen.autoencoders.tae import Tae, TaeAutoencoder
 from lingen.autoencoders.tiles import tiled
 from lingen.bench.workload import Subject, bench_config
+from lingen.cache_config import FixedConfig
 from lingen.config import BucketConfig, SamplerConfig
 from lingen.memory import planned_forms
-from lingen.sampling.guidance import forward_of, guided
+from lingen.sampling.cache import CacheRun
+from lingen.sampling.guidance import contexts, forward_of, guided
 from lingen.sampling.solver import solve
-from lingen.sampling_memory import SamplingMemory, forms_here, predict_decoding, predict_denoising, predict_weights
+from lingen.sampling_memory import (
+    SamplingMemory,
+    forms_here,
+    predict_cache,
+    predict_decoding,
+    predict_denoising,
+    predict_weights,
+)
 from lingen.tae_config import TaeConfig
 
 CPU = torch.device("cpu")
 GB = 10**9
+HELD = FixedConfig(period=2)
 
 
 def most(call: Any) -> int:
@@ -73,17 +83,37 @@ def test_decoding_takes_what_was_predicted(tile: TileConfig | None) -> None:
     assert predicted == pytest.approx(most(lambda: model.decode(latents)), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("cache", "mode"),
+    [
+        (HELD, "batch"),
+        (FixedConfig(period=2, reuse="taylor", order=2), "two_passes"),
+        (FixedConfig(sites={"cross": 2, "mlp": 3}), "two_passes"),
+    ],
+)
+def test_a_cache_stores_what_was_predicted(cache: FixedConfig, mode: Any) -> None:
+    config = bench_config("dit", "tiny", "size.depth={lingen: 3, dit: 3}", "text.encoders.minilm.length=16")
+    shape, sampler = BucketConfig(frames=17, height=32, width=64, batch_size=1), SamplerConfig(guidance=mode, steps=8)
+    model = Subject(config, CPU, train=False).model
+    run = CacheRun(cache, model, calls=8, contexts=contexts(5.0, mode))
+    text = {"minilm": torch.randn(2, 16, 384)}, torch.ones(2, 16, dtype=torch.bool)
+    velocity = guided(run.forward, text, text, 5.0, device=CPU, dtype=torch.float32, mode=mode)
+    noise = torch.randn(2, 16, 3, 4, 8)
+    solve(torch.no_grad()(velocity), noise, torch.linspace(1, 0, 9), "euler", lambda step, sigma, x: x)
+    stored = sum(tensor.nbytes for tensors in run.stored.values() for tensor in tensors)
+    assert stored == predict_cache(config, cache, shape, sampler, batch=2, dtype=torch.float32)
+
+
 def test_a_minute_at_512p_fits_one_gpu_of_80_gb() -> None:
     shape = BucketConfig(frames=1081, height=512, width=896, batch_size=1)
     sampler = SamplerConfig(guidance="two_passes")
+    tile = TileConfig(frames=65, height=256, width=256)
+    network = Tae(
+        TaeConfig(width=128, multipliers=(1, 2, 4, 4), blocks=2, channels=16, time=8)
+    )  # as conf/tae/movie_gen
+    decoder = tiled(TaeAutoencoder(network, torch.zeros(16), torch.ones(16), CPU, torch.bfloat16), tile)
     for name in ("lingen", "dit"):
         config = bench_config(name, "4b")
-        tile = TileConfig(frames=65, height=256, width=256)
-        movie_gen = TaeConfig(width=128, multipliers=(1, 2, 4, 4), blocks=2, channels=16, time=8)
-        with torch.device("meta"):
-            network = Tae(movie_gen)
-        network.to_empty(device="cpu")
-        decoder = tiled(TaeAutoencoder(network, torch.zeros(16), torch.ones(16), CPU, torch.bfloat16), tile)
         about = config.autoencoder.model_copy(update={"kind": "tae", "dtype": "bf16", "tile": tile})
         config = config.model_copy(update={"autoencoder": about})
         memory = SamplingMemory(
@@ -92,7 +122,9 @@ def test_a_minute_at_512p_fits_one_gpu_of_80_gb() -> None:
             denoising=predict_denoising(
                 config, shape, sampler, batch=1, dtype=torch.bfloat16, kernels=planned_forms(config, "cuda")
             ),
+            cache=predict_cache(config, HELD, shape, sampler, batch=1, dtype=torch.bfloat16),
             decoding=predict_decoding(config, decoder, shape, CPU),
         )
         assert 20 * GB < memory.total < 40 * GB
+        assert memory.cache == 2 * 136 * 32 * 56 * 2048 * 2  # one sum a context
         assert f"{memory.total / 1e9:.3g} GB (weights {memory.weights / 1e9:.3g}" in str(memory)
