@@ -80,7 +80,7 @@ def sampled(words: EvaluateWords) -> list[str]:
     shape = pipeline.shape(words.frames, words.height, words.width)
     asked, runs = words.asked(shape.frames), Path(words.out) / "runs"
     make_folder(runs, words.out)
-    folders = sample_runs(pipeline, words.variants, asked, shape, runs, batch=words.batch)
+    folders = sample_runs(pipeline, words.variants, asked, shape, runs, batch=words.batch, truncate=words.truncate)
     return [str(folder) for folder in folders]
 
 

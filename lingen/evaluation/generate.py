@@ -37,17 +37,20 @@ def sample_runs(
     out: Path,
     *,
     batch: int = 1,
+    truncate: bool = False,
     progress: bool = True,
 ) -> list[Path]:
     """Sample ``asked`` by every variant into OUT/NAME, ``batch`` videos at once; videos that are there are kept.
-    Returns the folders.
+    Returns the folders. ``truncate`` lets the text encoders cut what is longer than they take.
 
     Raises:
         UserError: a variant cannot be sampled; a folder holds another run, or cannot be written.
     """
     caches = {variant.name: read_cache(variant.cache) if variant.cache is not None else None for variant in variants}
     files = {variant.name: _run_file(pipeline, variant, caches[variant.name], asked, shape) for variant in variants}
-    pipeline.refuse_long([one.prompt for one in asked])
+    if not truncate:
+        pipeline.refuse_long([one.prompt for one in asked])
+        pipeline.refuse_long([variant.negative_prompt or "" for variant in variants], "negative_prompt")
     todo = {name: set(begin_run(out / name, file)) for name, file in files.items()}
     if any(todo.values()):
         _warm_up(pipeline, asked[0], shape)
@@ -86,6 +89,7 @@ def _run_file(
             "model": pipeline.config.model.name,
             "weights": pipeline.origin.model_dump(mode="json", include={"stage", "samples", "checkpoint_sha256"}),
             "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "tile": pipeline.config.autoencoder.model_dump(mode="json")["tile"],
             "sampler": sampler.model_dump(mode="json"),
             "cache": cache.model_dump(mode="json") if cache is not None else None,
         },
@@ -100,7 +104,14 @@ def _run_file(
 
 def _warm_up(pipeline: LinGenPipeline, asked: Asked, shape: BucketConfig) -> None:
     """Kernels are chosen and compiled, and the allocator grows, before anything is measured."""
-    pipeline([asked.prompt], seeds=[asked.seed], num_inference_steps=WARM_UP_STEPS, progress=False, **_size(shape))
+    pipeline(
+        [asked.prompt],
+        seeds=[asked.seed],
+        num_inference_steps=WARM_UP_STEPS,
+        truncate=True,
+        progress=False,
+        **_size(shape),
+    )
 
 
 def _size(of: BucketConfig | RunFile) -> dict[str, Any]:
@@ -134,6 +145,7 @@ def _sample(
                 num_inference_steps=words.pop("steps"),
                 seeds=[one.seed for one in asked],
                 callback_on_step_end=after,
+                truncate=True,  # where it was not allowed, no text is too long
                 progress=False,
                 **words,
                 **_size(file),

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lingen.comparison.plot import to_png
 from lingen.comparison.style import COLOURS, DPI, MUTED, RC, shortened
@@ -25,7 +26,7 @@ def series(result: Result) -> dict[str, list[Measured]]:
     found: dict[str, list[Measured]] = {}
     for one in (one for one in result.runs if one.run.name != result.reference):
         found.setdefault(one.run.file.curve or one.run.name, []).append(one)
-    return {name: sorted(runs, key=_tflops) for name, runs in found.items()}
+    return {name: sorted(runs, key=_flops) for name, runs in found.items()}
 
 
 def colours(result: Result) -> dict[str, str]:
@@ -67,7 +68,7 @@ def _panel(ax: Axes, result: Result, curves: dict[str, list[Measured]], key: str
         shown = [(one, one.summaries[key].mean) for one in runs if key in one.summaries]
         if not shown:
             continue
-        x, y = [_tflops(one) for one, _ in shown], np.array([mean.value for _, mean in shown])
+        x, y = [_flops(one) for one, _ in shown], np.array([mean.value for _, mean in shown])
         low = np.array([mean.value if mean.low is None else mean.low for _, mean in shown])
         high = np.array([mean.value if mean.high is None else mean.high for _, mean in shown])
         bars = np.maximum([y - low, high - y], 0) * scale  # a percentile may lie on the mean's other side by rounding
@@ -78,12 +79,14 @@ def _panel(ax: Axes, result: Result, curves: dict[str, list[Measured]], key: str
         if dashes is not None and key in one.summaries and not (one.run.name == result.reference and metric(key).cost):
             ax.axhline(one.summaries[key].mean.value * scale, color=MUTED, linewidth=1, linestyle=dashes, zorder=1)
         if one.run.name == result.baseline:
-            ax.axvline(_tflops(one), color=MUTED, linewidth=1, linestyle=dashes, zorder=1)
+            ax.axvline(_flops(one), color=MUTED, linewidth=1, linestyle=dashes, zorder=1)
     ax.set_title(shortened(full_title(result, key), 60), fontsize=12.5, loc="left")
-    ax.set_xlabel("executed TFLOPs a video")
-    ax.set_xlim(0, 1.08 * max(_tflops(one) for runs in curves.values() for one in runs))
+    ax.set_xlabel("executed FLOPs a video")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.set_xlim(0, 1.08 * max(_flops(one) for runs in curves.values() for one in runs))
     ax.margins(y=0.12)
 
 
-def _tflops(one: Measured) -> float:
-    return one.summaries["flops"].mean.value * metric("flops").scale
+def _flops(one: Measured) -> float:
+    return one.summaries["flops"].mean.value

@@ -16,6 +16,10 @@ from lingen.evaluation.vbench import VBenchConfig
 from lingen.model_config import KernelsConfig
 
 WORLD = 1  # of the rendered worlds, the one whose captions are asked for; data.synthetic renders 0 to train on
+SAMPLING = {
+    "prompts", "seeds", "seed", "variants", "batch", "frames", "height", "width", "dtype", "truncate", "autoencoder",
+    "encoders", "tile", "kernels",
+}  # fmt: skip
 
 
 class Variant(BaseModel):
@@ -58,6 +62,7 @@ class EvaluateWords(BaseModel):
     frames: PositiveInt | None = None
     height: PositiveInt | None = None
     width: PositiveInt | None = None
+    truncate: bool = False  # let the text encoders cut a prompt that is longer than they take
     dtype: Literal["fp32", "bf16"] | None = None
     autoencoder: str | None = None
     encoders: dict[str, str] = {}
@@ -76,10 +81,7 @@ class EvaluateWords(BaseModel):
     def _one_source(self) -> Self:
         if (self.runs is None) == (self.checkpoint is None):
             raise ValueError("give runs=[DIR,...], or checkpoint=DIR to sample them now")
-        sampling = {"prompts", "seeds", "seed", "variants", "batch", "frames", "height", "width", "dtype"} | {
-            "autoencoder", "encoders", "tile", "kernels"
-        }  # fmt: skip
-        idle = sorted(self.model_fields_set & sampling)
+        idle = sorted(self.model_fields_set & SAMPLING)
         if self.runs is not None and idle:
             raise ValueError(f"{idle[0]} is of sampling, and runs=[...] are sampled already")
         if self.checkpoint is not None and self.labels is not None:

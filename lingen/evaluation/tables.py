@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+from lingen.comparison.style import si
 from lingen.comparison.tables import Table
 from lingen.evaluation.result import Measured, Result, metric
 from lingen.evaluation.statistics import Interval
@@ -62,6 +63,8 @@ def full_title(result: Result, key: str) -> str:
 def number(key: str, value: float) -> str:
     """In the unit of the metric's title."""
     known = metric(key)
+    if key == "flops":  # of a laptop's model to a cluster's
+        return si(value)
     return f"{value * known.scale:.{known.digits}f}"
 
 

@@ -119,6 +119,7 @@ def test_a_batch_makes_the_same_videos(words: list[str], tmp_path: Path) -> None
         (["variants=[{name: a, step: 3}]"], "did you mean 'steps'"),
         (["variants=[{name: a, steps: 0}]"], "variants.0.steps=0"),
         (["variants=[{name: a, schedule: linear_quadratic, shift: 3}]"], "variants, a: .*shift=3"),
+        ([f"variants=[{{name: a, negative_prompt: {'blur ' * 30}}}]"], "negative_prompt=.* has .* tokens"),
         (["variants=[{name: ../a}]"], "variants.0.name=../a"),
         (["variants=[{name: a}]", "baseline=b"], "baseline and reference must be of the variants a"),
         (["variants=[{name: a}]", "prompts=nowhere.txt"], "prompts=nowhere.txt cannot be read"),

@@ -98,7 +98,7 @@ def test_names_of_runs_that_are_not_there(folders: list[str]) -> None:
 def test_tables_in_every_form(folders: list[str]) -> None:
     result = measure(read_runs(folders), baseline="uncached", reference="reference", progress=False)
     quality, cost = overview(result)
-    assert cost.rows[1][:2] == ["fast", "2.0025 (2.00x)"] and quality.rows[0][1] == "-"
+    assert cost.rows[1][:2] == ["fast", "2T (2.00x)"] and quality.rows[0][1] == "-"
     table = details(result, "psnr_reference")
     assert table.title == "PSNR (dB) to reference, higher is better" and table.headers[-1] == "this - uncached"
     assert re.fullmatch(r"-\d+\.\d\d \(-\d+\.\d\d to -\d+\.\d\d\)", table.rows[1][-1])
@@ -131,9 +131,7 @@ def test_the_script_writes_everything(folders: list[str], tmp_path: Path, capsys
     names = ["evaluate.csv", "evaluate.json", "evaluate.md", "index.html", "quality.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     printed = capsys.readouterr().out
-    assert (
-        "2.0025 (2.00x)" in printed and "warning: 6 different prompts" in printed and str(out / "index.html") in printed
-    )
+    assert "2T (2.00x)" in printed and "warning: 6 different prompts" in printed and str(out / "index.html") in printed
     tree = json.loads((out / "evaluate.json").read_text())
     assert tree["runs"]["fast"]["baseline_over_this"]["flops"]["value"] == pytest.approx(24.015 / 12.015)
     assert len(tree["runs"]["fast"]["values"]["psnr"]) == 6 and tree["baseline"] == "uncached"
@@ -148,7 +146,7 @@ def test_the_script_writes_everything(folders: list[str], tmp_path: Path, capsys
     assert "http" not in bare and "url(" not in bare and "@import" not in bare
     with Image.open(out / "quality.png") as image:
         assert image.width == 1600
-    assert "| fast | 2.0025 (2.00x) |" in (out / "evaluate.md").read_text()
+    assert "| fast | 2T (2.00x) |" in (out / "evaluate.md").read_text()
 
 
 def test_the_same_runs_give_the_same_files(folders: list[str], tmp_path: Path) -> None:
