@@ -19,8 +19,9 @@ import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lingen.adacache_config import AdaCacheConfig
 from lingen.autoencoders import Autoencoder
-from lingen.cache_config import CacheConfig
+from lingen.cache_config import CacheConfig, FirstBlockConfig, TeaCacheConfig
 from lingen.config import BucketConfig, Config, SamplerConfig, latent_shape, token_grid
 from lingen.kernels import forms
 from lingen.memory import Live, model_on_meta, peak
@@ -32,6 +33,7 @@ from lingen.sampling.guidance import contexts, forward_of, guided
 from lingen.sampling.solver import evaluations, solve
 
 LAYERS = 4  # that are run: LinGen's scan orders repeat after so many, and without gradients no layer keeps anything
+COMPARING = (AdaCacheConfig, TeaCacheConfig, FirstBlockConfig)  # caches that keep what they compare with
 FLOAT, RGB = 4, 3  # bytes; channels
 
 
@@ -103,7 +105,8 @@ def predict_cache(
     batch: int,
     dtype: torch.dtype,
 ) -> int:
-    """Bytes of what a cache stores at most: the sum over a range of blocks, or an output of each block for each site.
+    """Bytes of what a cache stores at most: the sum over a range of blocks, or an output of each block for each site;
+    and what it compares with.
 
     Raises:
         UserError: the model has not what the cache asks for.
@@ -120,7 +123,7 @@ def predict_cache(
         policy = policies(context)
         if policy is not None:
             outputs = len(policy.sites) * config.depth if isinstance(policy, SitePolicy) else 1
-            stored += outputs * kept * one * (2 if context == "pair" else 1)
+            stored += (outputs * kept + isinstance(cache, COMPARING)) * one * (2 if context == "pair" else 1)
     return stored
 
 
