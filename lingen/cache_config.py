@@ -6,7 +6,7 @@ A cache is named on a command line by a file of conf/cache (``cache=pab_slow``),
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +44,27 @@ class FixedConfig(Reusing):
         if (self.period is None) == (not self.sites):
             raise ValueError("fixed needs either period, of the whole stack, or sites with a period each, not both")
         return self
+
+
+class ScheduleConfig(Reusing):
+    """Given calls are computed by the whole stack, whatever the video shows: the schedules that another policy made,
+    or those of other videos, as a control."""
+
+    policy: Literal["schedule"] = "schedule"
+    # "1" for each call that is computed, "0" for each that is not; one for all samples, or one for each of a batch.
+    schedules: Annotated[tuple[Annotated[str, Field(pattern=r"^1[01]*$")], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> ScheduleConfig:
+        if len(lengths := {len(schedule) for schedule in self.schedules}) > 1:
+            raise ValueError(f"schedules are of one generation's calls, and have {sorted(lengths)}")
+        return self
+
+    def of(self, places: Sequence[int]) -> ScheduleConfig:
+        """The schedules of these samples alone; one for all stays one."""
+        if len(self.schedules) == 1:
+            return self
+        return self.model_copy(update={"schedules": tuple(self.schedules[place] for place in places)})
 
 
 class PabConfig(Reusing):
@@ -117,6 +138,7 @@ class MagCacheConfig(Reusing):
 CacheConfig = Annotated[
     NeverConfig
     | FixedConfig
+    | ScheduleConfig
     | AdaCacheConfig
     | PabConfig
     | TGateConfig
@@ -129,6 +151,7 @@ CacheConfig = Annotated[
 POLICIES: dict[str, type[Section]] = {
     "never": NeverConfig,
     "fixed": FixedConfig,
+    "schedule": ScheduleConfig,
     "adacache": AdaCacheConfig,
     "pab": PabConfig,
     "tgate": TGateConfig,

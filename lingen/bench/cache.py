@@ -36,6 +36,7 @@ from lingen.cache_config import (
     MagCacheConfig,
     NeverConfig,
     PabConfig,
+    ScheduleConfig,
     TeaCacheConfig,
     TGateConfig,
     read_cache,
@@ -214,6 +215,8 @@ def never_skips(config: CacheConfig) -> CacheConfig:
             changed: dict[str, Any] = {"codebook": tuple((at, 1) for at, _ in config.codebook), "last": 1}
         case FixedConfig(period=None):
             changed = {"sites": dict.fromkeys(config.sites, 1)}
+        case ScheduleConfig():
+            changed = {"schedules": tuple("1" * len(schedule) for schedule in config.schedules)}
         case FixedConfig() | DeltaDitConfig():
             changed = {"period": 1}
         case PabConfig():

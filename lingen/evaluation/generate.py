@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from lingen.cache_config import CacheConfig, read_cache
+from lingen.cache_config import CacheConfig, ScheduleConfig, read_cache
 from lingen.config import BucketConfig, SamplerConfig
 from lingen.errors import UserError
 from lingen.evaluation.folder import Asked, RunFile, begin_run, write_video
@@ -131,7 +131,7 @@ def _sample(
     words = variant.sampler()
     steps = pipeline.sampler(**words).steps
     if cache is not None:
-        pipeline.enable_cache(cache)
+        pipeline.enable_cache(cache.of(numbers) if isinstance(cache, ScheduleConfig) else cache)
     try:
         with metered(pipeline.model, pipeline.device) as meter:
 
@@ -154,22 +154,23 @@ def _sample(
     finally:
         if cache is not None:
             pipeline.disable_cache()
-    flops = meter.flops if summary is None else summary.executed_flops
+    flops = [meter.flops // len(asked)] * len(asked) if summary is None else summary.sample_flops
     cost: dict[str, Any] = {
         "batch": len(asked),
         "denoise_seconds": meter.denoise_seconds / len(asked),
         "seconds": meter.seconds / len(asked),
-        "flops": flops // len(asked),
         "peak_memory": meter.peak_memory,
     }
     for place, (number, one, video) in enumerate(zip(numbers, asked, videos, strict=True)):
-        own = {"prompt": one.prompt, "seed": one.seed, "cache": None if summary is None else _skipped(summary, place)}
+        skipped = None if summary is None else _skipped(summary, place)
+        own = {"prompt": one.prompt, "seed": one.seed, "flops": flops[place], "cache": skipped}
         write_video(folder, number, video, file.fps, cost | own)
 
 
 def _skipped(summary: CacheSummary, place: int) -> dict[str, Any]:
-    """The batch's summary, with the schedule of one of its videos alone."""
-    tree = asdict(summary)
+    """The batch's summary, with the schedule and the FLOPs of one of its videos alone."""
+    tree = asdict(summary) | {"executed_flops": summary.executed_flops}
     for context in tree["contexts"].values():
-        context["schedules"] = context["schedules"][place : place + 1]
+        for key in ("schedules", "flops"):
+            context[key] = context[key][place : place + 1]
     return tree

@@ -48,8 +48,8 @@ class PlainLane:
 
     def forward(self, inputs: Inputs, call: Call, costs: Costs) -> Tensor:
         """The velocity (R, C, T', H', W')."""
-        rows = len(inputs[0])
-        self.record.ran(costs.total * rows, costs.total * rows)
+        full = costs.total * _rows_each(call)
+        self.record.ran([full] * (len(inputs[0]) // _rows_each(call)), full)
         return self.model(*inputs)  # type: ignore[no-any-return]
 
 
@@ -69,7 +69,7 @@ class StackLane:
         """The velocity (R, C, T', H', W')."""
         x, context = self.model.enter(*inputs)  # (R, n, D)
         rows, span = len(x), self.policy.span(call)
-        layout = Layout(rows // 2 if call.context == "pair" else rows, rows, context.grid, self.model.sequence)
+        layout = Layout(rows // _rows_each(call), rows, context.grid, self.model.sequence)
         if span != self.span:
             self.stored.clear()
             self.span = span
@@ -83,9 +83,8 @@ class StackLane:
         x = self._reuse(x, context, call, layout, computed)
         for block in self.blocks[span.stop :]:
             x = block(x, *context.of_blocks)
-        inside = sum(costs.blocks[span.start : span.stop])
-        skipped = inside * computed.count(False) * rows // layout.samples
-        self.record.ran(costs.total * rows - skipped, costs.total * rows)
+        full, inside = (n * _rows_each(call) for n in (costs.total, sum(costs.blocks[span.start : span.stop])))
+        self.record.ran([full if decision else full - inside for decision in computed], full)
         self.record.decided(computed)
         return self.model.leave(x, context)
 
@@ -163,9 +162,14 @@ class SiteLane:
 
         for i, block in enumerate(self.blocks):
             x = run_block(block, x, context, self.policy.sites, visited(i))
-        rows = len(x)
-        self.record.ran((costs.total - skipped) * rows, costs.total * rows)
+        each = _rows_each(call)
+        self.record.ran([(costs.total - skipped) * each] * (len(x) // each), costs.total * each)
         return self.model.leave(x, context)
+
+
+def _rows_each(call: Call) -> int:
+    """Rows of one sample."""
+    return 2 if call.context == "pair" else 1
 
 
 def _watch(seen: list[Tensor]) -> Visit:

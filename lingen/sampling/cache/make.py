@@ -13,6 +13,7 @@ from lingen.cache_config import (
     MagCacheConfig,
     NeverConfig,
     PabConfig,
+    ScheduleConfig,
     TeaCacheConfig,
     TGateConfig,
 )
@@ -22,7 +23,7 @@ from lingen.sampling.cache.adacache import adacache_policies
 from lingen.sampling.cache.magcache import magcache_policies
 from lingen.sampling.cache.measured import FirstBlock, TeaCache
 from lingen.sampling.cache.policy import Policy
-from lingen.sampling.cache.scheduled import DeltaDit, Interval, Pab, SiteIntervals, TGate
+from lingen.sampling.cache.scheduled import DeltaDit, Interval, Pab, Replay, SiteIntervals, TGate
 from lingen.sampling.cache.sites import blocks_of, mixer_site, sites_of
 from lingen.sampling.call import Context
 
@@ -45,6 +46,11 @@ def policies_of(config: CacheConfig, model: Backbone, calls: int) -> Callable[[C
         case FixedConfig():
             _within("period", config.period, calls)
             return lambda context: Interval(config, depth)
+        case ScheduleConfig():
+            if len(config.schedules[0]) != calls:
+                given = len(config.schedules[0])
+                raise UserError(f"cache: policy=schedule: schedules are of {given} calls; this generation has {calls}")
+            return lambda context: Replay(config, depth)
         case AdaCacheConfig():
             return adacache_policies(config, model, calls)
         case PabConfig():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lingen.kernels.index import Grid
@@ -21,6 +21,7 @@ class ContextSummary:
     computed: dict[str, int]
     reused: dict[str, int]
     schedules: list[list[bool]]  # of each sample, for each call: whether it was computed; empty for policies of sites
+    flops: list[int]  # executed, of each sample
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,17 @@ class CacheSummary:
     policy: str
     calls: int
     contexts: dict[str, ContextSummary]
-    executed_flops: int
     full_flops: int  # without a cache
+
+    @property
+    def sample_flops(self) -> list[int]:
+        """Executed, of each sample."""
+        return [sum(parts) for parts in zip(*(context.flops for context in self.contexts.values()), strict=True)]
+
+    @property
+    def executed_flops(self) -> int:
+        """Of all samples."""
+        return sum(self.sample_flops)
 
     @property
     def flops_ratio(self) -> float:
@@ -55,13 +65,13 @@ class Record:
     computed: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
     schedules: list[list[bool]] = field(default_factory=list)
-    executed_flops: int = 0
+    flops: list[int] = field(default_factory=list)
     full_flops: int = 0
 
-    def ran(self, executed: int, full: int) -> None:
-        """FLOPs of a forward, and what they would be without a cache."""
-        self.executed_flops += executed
-        self.full_flops += full
+    def ran(self, executed: Sequence[int], full: int) -> None:
+        """FLOPs of a forward: each sample's, and what one's would be without a cache."""
+        self.flops = [a + b for a, b in zip(self.flops or [0] * len(executed), executed, strict=True)]
+        self.full_flops += full * len(executed)
 
     def decided(self, computed: list[bool]) -> None:
         """Of the whole stack, for each sample."""
@@ -73,7 +83,8 @@ class Record:
 
     def summary(self) -> ContextSummary:
         """What came together."""
-        return ContextSummary(dict(self.computed), dict(self.reused), [list(schedule) for schedule in self.schedules])
+        schedules = [list(schedule) for schedule in self.schedules]
+        return ContextSummary(dict(self.computed), dict(self.reused), schedules, list(self.flops))
 
 
 @dataclass(frozen=True)

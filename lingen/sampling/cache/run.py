@@ -92,7 +92,6 @@ class CacheRun:
             self._name,
             self._calls,
             {context: record.summary() for context, record in records.items()},
-            sum(record.executed_flops for record in records.values()),
             sum(record.full_flops for record in records.values()),
         )
 

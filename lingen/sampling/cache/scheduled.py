@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lingen.cache_config import DeltaDitConfig, FixedConfig, PabConfig, TGateConfig
+from lingen.cache_config import DeltaDitConfig, FixedConfig, PabConfig, ScheduleConfig, TGateConfig
+from lingen.errors import UserError
 from lingen.sampling.cache.policy import Front, Seen
 from lingen.sampling.call import Call
 
@@ -36,6 +37,34 @@ class Interval:
     def learn(self, call: Call, seen: Seen) -> None:
         """That the call was computed."""
         self.last = call.index
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Schedules that are given, of each sample its own."""
+
+    config: ScheduleConfig
+    depth: int
+    probe: None = None
+
+    def span(self, call: Call) -> range:
+        """All blocks."""
+        return range(self.depth)
+
+    def decide(self, call: Call, front: Front) -> list[bool]:
+        """As the schedules say.
+
+        Raises:
+            UserError: there are not as many as samples.
+        """
+        given, samples = self.config.schedules, front.layout.samples
+        if len(given) not in (1, samples):
+            raise UserError(f"cache: policy=schedule: {len(given)} schedules for {samples} videos; give one a video")
+        decisions = [schedule[call.index] == "1" for schedule in given]
+        return decisions if len(given) == samples else decisions * samples
+
+    def learn(self, call: Call, seen: Seen) -> None:
+        """Nothing."""
 
 
 @dataclass
