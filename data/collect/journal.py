@@ -93,8 +93,9 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         self._stream.truncate(len(whole))
         lines = whole.splitlines()
-        if len(lines) < 2:  # nothing was done yet
+        if not lines:
             refuse_used(self.output)
+        if len(lines) < 2:  # nothing is told of yet; a first shard that is there already is written again
             self._stream.truncate(0)
             self._write(header)
             sync_path(self.output)

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from data.collect.cut import require_scenedetect
+from data.collect.entries import printable
 from data.collect.examine import Media, Outcome, Rejection, examine, read_part
 from data.collect.journal import Header, Journal, Step, by_reason, rejected_lines
 from data.collect.pool import Lost, ordered
@@ -118,10 +119,10 @@ class _Run:
                 )
                 for entry, found in zip(entries[done:], outcomes, strict=True):
                     if isinstance(found, Lost):
-                        lost = Rejection(entry.name, found.reason, found.detail, True)
+                        lost = Rejection(entry.label, found.reason, found.detail, True)
                         found = Outcome(None, [lost] * entry.samples)
                     before = len(self.rejected)
-                    self._take(entry.name, found)
+                    self._take(entry.label, found)
                     log.write(rejected_lines(self.rejected[before:]))
                     log.flush()
                     self._refuse_too_many()
@@ -143,7 +144,7 @@ class _Run:
                 rejected += [Rejection(name, "duplicate key", "", True)] * (len(media.windows) - len(windows))
                 self.keys.add(media.key)
                 self._store(media, windows)
-        self.rejected += rejected
+        self.rejected += [one._replace(path=printable(one.path), detail=printable(one.detail)) for one in rejected]
         self.bad += sum(one.bad for one in rejected)
 
     def _store(self, media: Media, windows: list[Window]) -> None:
