@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,14 @@ PAUSES = (0.1, 0.4, 1.6)
 
 class LostShard(UserError):
     """A shard that is gone, cut or on a disk that fails, as opposed to one with damaged samples (``BadSample``)."""
+
+
+class Footage(NamedTuple):
+    """Of each sample the clip that it is; of latents, the clip that they were made of. An image has 0 seconds."""
+
+    seconds: npt.NDArray[np.float64]  # (N,) from the first frame to the last
+    height: npt.NDArray[np.int64]  # (N,)
+    width: npt.NDArray[np.int64]  # (N,)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,15 @@ class Index:
     @cached_property
     def shard_paths(self) -> list[Path]:
         return [self.root / name for name in self.shards]
+
+    @cached_property
+    def footage(self) -> Footage:
+        """What decides which bucket a sample belongs in."""
+        if self.latents is not None:
+            seconds, height, width = np.array(self.latents.sources, dtype=np.float64).T
+            return Footage(seconds, height.astype(np.int64), width.astype(np.int64))
+        still = self.frames == 1
+        return Footage((self.frames - 1) / np.where(still, 1.0, self.fps), self.height, self.width)
 
     @cached_property
     def key_hash(self) -> npt.NDArray[np.uint64]:
@@ -161,8 +178,8 @@ def _check(folder: Path, root: Path | None, index: IndexFile) -> None:
     count = len(samples.key)
     if any(len(getattr(samples, name)) != count for name in type(samples).model_fields):
         raise UserError(f"{where}: {INDEX} is damaged (its columns have different lengths); write the shards again")
-    if index.latents is not None and len(index.latents.checks) != count:
-        raise UserError(f"{where}: {INDEX} is damaged (it has not one check a sample); write the latents again")
+    if index.latents is not None and not len(index.latents.checks) == len(index.latents.sources) == count:
+        raise UserError(f"{where}: {INDEX} is damaged (it has not one check and one source a sample); write it again")
     if not count:
         raise UserError(f"{where}: {INDEX} lists no sample; write the shards again from a folder with clips")
     for shard in index.shards:

@@ -137,7 +137,7 @@ def reconstructions(
     """
     data = config.data.model_copy(update={"workers": 0})
     limit = config.export.shown
-    for batch in holdout_batches(index, bucket, stage.fps, data, limit=limit, batch_size=1, rank=0, world=1):
+    for batch in holdout_batches(index, stage, bucket, data, limit=limit, batch_size=1, rank=0, world=1):
         if batch.lost:
             raise UserError(f"{batch.lost}; nothing was reconstructed; restore it and run again")
         if batch.valid.all():

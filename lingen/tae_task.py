@@ -27,7 +27,7 @@ from lingen.engine import DTYPES, Engine, make_engine
 from lingen.errors import UserError
 from lingen.flow import generator
 from lingen.memory import Memory, Probe, lay_out, peak
-from lingen.tae_config import TaeConfig, TaeRunConfig
+from lingen.tae_config import TaeConfig, TaeRunConfig, sample_tokens
 from lingen.tae_export import export_tae
 
 SQUARED = 1 + TERMS.index("squared")  # where a game's result has the squared error
@@ -162,9 +162,8 @@ class TaeTask:
         return sum(p.numel() for p in self._game.parameters())
 
     def tokens(self, bucket: BucketConfig) -> int:
-        """Positions of a latent frame, times the frames of the clip: what its cost grows with."""
-        space = self._config.tae.space
-        return bucket.frames * (bucket.height // space) * (bucket.width // space)
+        """What its cost grows with."""
+        return sample_tokens(self._config.tae, bucket)
 
     def forward_flops(self, bucket: BucketConfig) -> int:
         """Of encoder and decoder, by torch's counter."""

@@ -270,6 +270,7 @@ def _store(folder: Path) -> Path:
         checks.append(check_of(media))
         if n % 16 == 15:
             add_shard(index, writer.close())
-    index.latents = about.model_copy(update={"checks": checks})
+    sources = [((bucket.frames - 1) / bucket.fps, bucket.height, bucket.width)] * STORED
+    index.latents = about.model_copy(update={"checks": checks, "sources": sources})
     (folder / INDEX).write_bytes(index.to_json())
     return folder

@@ -61,6 +61,7 @@ class Part(BaseModel):
     rejected: list[Rejected] = []
     numbers: int = 0  # latent numbers a channel
     checks: list[int] = []  # of each row's bytes
+    sources: list[tuple[float, int, int]] = []  # of each row's clip: seconds, height, width
     sums: list[float] = []  # of each channel
     squares: list[float] = []
 
@@ -188,7 +189,9 @@ class Folder:
                 f"data.max_bad_share={max_bad_share:g}; {self.path / REJECTED} names them"
             )
         checks = [check for part in parts for check in part.checks]
-        latents = self.plan.latents.model_copy(update={"checks": checks, **statistics(parts)})
+        sources = [source for part in parts for source in part.sources]
+        more = {"checks": checks, "sources": sources, **statistics(parts)}
+        latents = self.plan.latents.model_copy(update=more)
         index = IndexFile(latents=latents)
         for part in parts:
             if part.shard is not None:

@@ -224,6 +224,7 @@ class Task:
             tokens = self.text.tokens(caption) if self.text else {}
             media = pack(latents, tokens, self.autoencoder.fingerprint)
             part.checks.append(check_of(media))
+            part.sources.append(unit.source(self.index, place))
             key = unit.key(self.index, place)
             bucket = unit.bucket
             info = ClipInfo(bucket.frames, unit.fps if bucket.frames > 1 else 0.0, bucket.height, bucket.width)

@@ -9,12 +9,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from data.batch import Batch
-from data.buckets import eligible
-from data.pipeline import StageLoader, check_buckets, shape_of
+from data.counts import check_buckets
+from data.pipeline import StageLoader
 from data.shards import Index
 from lingen.autoencoders import Autoencoder, to_float
 from lingen.config import BucketConfig, Config, StageConfig, latent_shape, token_grid
@@ -39,7 +38,7 @@ class BucketView:
 
     bucket: BucketConfig
     steps: float  # share of the stage's steps
-    train: int  # samples that fill it
+    train: int  # samples of it
     held_out: int
     latents: tuple[int, int, int]  # T, h, w
     tokens: int
@@ -59,7 +58,7 @@ class StageView:
 
     stage: StageConfig
     buckets: list[BucketView]
-    unused: int  # samples that fill none of its buckets
+    none: dict[str, int]  # samples in none of its buckets, by the reason
 
 
 def view_stage(
@@ -96,24 +95,23 @@ def view_stage(
             raise UserError(loader.lost)
         found[str(batch.bucket)] = _samples(batch, row_of, autoencoder, device), loader.bad.copy()
         loader.bad.clear()
-    views, used = [], np.zeros(len(index), dtype=bool)
+    views = []
     for bucket in stage.buckets:
         name, size = str(bucket), (bucket.frames, bucket.height, bucket.width)
-        used[eligible(index, shape_of(bucket), fps=stage.fps, data=config.data)] = True
         shown, holes = found[name]
         views.append(
             BucketView(
                 bucket,
                 steps=bucket.share / total,
-                train=counts[name].train,
-                held_out=counts[name].holdout,
+                train=counts.buckets[name].train,
+                held_out=counts.buckets[name].holdout,
                 latents=latent_shape(config, *size),
                 tokens=math.prod(token_grid(config, *size)),
                 samples=shown,
                 holes=holes,
             )
         )
-    return StageView(stage, views, int((~used).sum()))
+    return StageView(stage, views, counts.none)
 
 
 @torch.no_grad()

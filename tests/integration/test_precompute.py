@@ -221,6 +221,6 @@ def test_bad_words_are_refused(world: World, videos: Path, latents: Path, tmp_pa
         make_latents(world, videos, videos.with_name("videos"))
     with pytest.raises(UserError, match="was begun with dtype=fp32, not bf16"):
         make_latents(world, videos, latents, dtype="bf16", text_states=True)
-    with pytest.raises(UserError, match=r"bucket 65x64x64 at fps=8: no sample"):
+    with pytest.raises(UserError, match=r"bucket 65x64x64 at fps=8 is empty: .*8\.00 s of footage"):
         long = ["stage=demo_video", "stage.buckets=[{frames: 65, height: 64, width: 64, batch_size: 8}]"]
         make_latents(world, videos, tmp_path / "out", *long)

@@ -193,11 +193,12 @@ import json, sys, time
 import psutil
 from data.pipeline import holdout_batches
 from data.shards import load_index
-from lingen.config import BucketConfig, DataConfig
+from lingen.config import BucketConfig, DataConfig, StageConfig
 index, data = load_index(sys.argv[1]), DataConfig(path=sys.argv[1], workers=2, holdout_share=0.5)
 bucket = BucketConfig(frames=1, height=8, width=8, batch_size=2)
+stage = StageConfig(name="s", buckets=[bucket], samples=8, lr=1, fps=8)
 loaders = [
-    holdout_batches(index, bucket, 8.0, data, limit=16, batch_size=2, rank=0, world=1) for _ in "ab"
+    holdout_batches(index, stage, bucket, data, limit=16, batch_size=2, rank=0, world=1) for _ in "ab"
 ]  # the second one's processes inherit what the first one's talk through
 for batches in [*loaders, *loaders]:
     next(batches)

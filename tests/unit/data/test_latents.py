@@ -17,7 +17,7 @@ from data.latents import Layout, check_of, has_bucket, pack, read_empty, read_la
 from data.pipeline import holdout_batches
 from data.shards import Index, load_index
 from data.writer import ShardWriter, Window
-from lingen.config import BucketConfig, DataConfig
+from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 
 BUCKET = Bucket(5, 16, 32)
@@ -41,8 +41,8 @@ def sample(seed: int, tokens: int = 2) -> tuple[torch.Tensor, dict[str, torch.Te
 def write(folder: Path, members: list[bytes], latents: Latents | None = None) -> Index:
     """A folder of one shard."""
     folder.mkdir()
-    checks = [check_of(member) for member in members]
-    index = IndexFile(latents=(latents or about()).model_copy(update={"checks": checks}))
+    more = {"checks": [check_of(member) for member in members], "sources": [(1.0, 20, 40)] * len(members)}
+    index = IndexFile(latents=(latents or about()).model_copy(update=more))
     writer = ShardWriter(folder)
     for n, member in enumerate(members):
         window = Window(f"clip-{n}@x", f"caption {n}", ClipInfo(5, 8.0, 16, 32), 1.0, 2.0)
@@ -72,8 +72,9 @@ def test_a_batch_holds_latents_states_and_empty_holes(tmp_path: Path, workers: i
     index = write(tmp_path / "latents", members, about(holdout_share=0.99))
     data = DataConfig(path=str(index.path), workers=workers, holdout_share=0.9999)
     shape = BucketConfig(frames=5, height=16, width=32, batch_size=1)
+    stage = StageConfig(name="s", buckets=[shape], samples=1, lr=1, fps=8)
     log = tmp_path / "bad.jsonl"
-    batches = list(holdout_batches(index, shape, 8.0, data, limit=6, batch_size=4, rank=0, world=1, bad_log=log))
+    batches = list(holdout_batches(index, stage, shape, data, limit=6, batch_size=4, rank=0, world=1, bad_log=log))
     seen = 0
     for batch in batches:
         assert batch.latents is not None and batch.states is not None and batch.lost is None

@@ -68,7 +68,7 @@ def test_reconstructions_are_the_autoencoders_own(world: World) -> None:
     autoencoder = load_autoencoder(config.autoencoder, "cpu")
     view = view_stage(config, stage, load_index(world.shards), autoencoder, torch.device("cpu"), samples=2)
     video, image = view.buckets
-    assert (video.train + video.held_out, image.train + image.held_out, view.unused) == (64, 64, 0)
+    assert (video.train + video.held_out, image.train + image.held_out, view.none) == (64, 64, {})
     assert video.latents == (3, 8, 8) and video.tokens == 48 and video.steps == 0.75
     for sample in video.samples + image.samples:
         assert sample.fed is not None and sample.decoded is not None and sample.psnr is not None
