@@ -60,8 +60,8 @@ def why_empty(index: Index, stage: StageConfig, bucket: BucketConfig, data: Data
         others = ", ".join(f"{name} ({count})" for name, count in nearest.items())
         length = f" of {seconds:.2f} s" if bucket.frames > 1 else ""
         return (
-            f"all {len(fits)} samples in {index.path} that could fill it are nearer to {others}; add some{length} of "
-            f"about {bucket.width}x{bucket.height} (width x height), or take the bucket out"
+            f"the {len(fits)} samples in {index.path} that could fill it are all nearer to {others}; add some{length} "
+            f"of about {bucket.width}x{bucket.height} (width x height), or take the bucket out"
         )
     if bucket.frames == 1:
         return f"{index.path} has no images; add some, or set data.video_frames_as_images=true to take frames of videos"
