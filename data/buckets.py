@@ -31,7 +31,7 @@ SLACK_S = 1e-3  # less than decode's own, so that what is eligible also decodes
 class Assignment:
     """The samples of an index, shared out among the buckets of a stage."""
 
-    rows: dict[str, Ints]  # of each bucket, by its name, ascending
+    rows: dict[str, Ints]  # of each bucket, by its name, in the stage's order; each ascending
     none: dict[str, int]  # how many samples are in no bucket, by the reason
 
 
@@ -56,7 +56,7 @@ def assign(index: Index, stage: StageConfig, data: DataConfig) -> Assignment:
                 drawn &= _made_for(index, bucket, stage.fps)
             rows[str(bucket)] = np.flatnonzero(drawn).astype(np.int64)
             used |= drawn
-    return Assignment(rows, _reasons(index, stage, ~used))
+    return Assignment({str(b): rows[str(b)] for b in stage.buckets}, _reasons(index, stage, ~used))
 
 
 def eligible(index: Index, bucket: Bucket | BucketConfig, *, fps: float, data: DataConfig) -> Ints:

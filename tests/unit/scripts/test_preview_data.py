@@ -76,6 +76,16 @@ def test_reconstructions_are_the_autoencoders_own(world: World) -> None:
         assert sample.psnr == pytest.approx(float(10 * torch.log10(255**2 / error)), abs=0.1)
 
 
+def test_the_page_counts_each_bucket_and_what_is_in_none(world: World, tmp_path: Path) -> None:
+    words = [f"data={world.shards}", f"out={tmp_path / 'page.html'}", "samples=1", "data.holdout_share=0", *VIDEO]
+    main([*words, "stage.buckets=[{frames: 17, height: 64, width: 64, batch_size: 8}]"])
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>0</td><td>64</td>" in page and "In no bucket: 64 images, and no bucket has one frame." in page
+    two = "{frames: 9, height: 64, width: 64, batch_size: 8}, {frames: 17, height: 64, width: 64, batch_size: 8}"
+    with pytest.raises(UserError, match=r"bucket 9x64x64 is empty: .* nearer to 17x64x64 \(64\)"):
+        main([*words, f"stage.buckets=[{two}]"])
+
+
 def test_a_caption_cannot_become_html_and_no_autoencoder_is_needed(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(stream, "png")
