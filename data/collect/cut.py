@@ -68,7 +68,10 @@ def cut(times: Times, asked: Span, scenes: list[float], window_seconds: float | 
     Raises:
         BadSample: there are no frames where they are asked for.
     """
-    first, last = part_of(times, *asked)
+    try:
+        first, last = part_of(times, *asked)
+    except BadSample as error:
+        raise BadSample("bad start or end", error.detail) from error
     begin, end = asked[0], asked[1] or after(times)
     if asked[1] and last == len(times):
         end = min(end, after(times))
