@@ -80,7 +80,7 @@ def test_a_gap_of_millions_of_windows() -> None:
 
 
 def test_asking_behind_the_end() -> None:
-    with pytest.raises(BadSample, match="bad start or end.*no frames from 11 to 12 s"):
+    with pytest.raises(BadSample, match=r"bad start or end.*no frames from 11 to 12 s"):
         cut(TIMES, (11.0, 12.0), [], None)
 
 
