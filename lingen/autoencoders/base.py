@@ -18,6 +18,8 @@ import torch
 from lingen.autoencoder_config import AutoencoderConfig
 from lingen.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Autoencoder(Protocol):
     """What the training loop and the sampler need to know of an autoencoder."""
