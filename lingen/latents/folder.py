@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data.index_file import INDEX, Columns, IndexFile, Latents, ShardEntry
 from data.latents import EMPTY
 from data.shards import PLAN, load_index
+from lingen.autoencoder_config import TileConfig
 from lingen.errors import UserError
 from lingen.files import write_file
 
@@ -40,6 +41,8 @@ class Plan(BaseModel):
     samples: int  # windows of clips, good or bad
     samples_per_shard: int
     batch_size: int
+    autoencoder_dtype: str  # with the tiles: the same latent space, but other bits
+    tile: TileConfig | None
 
 
 class Rejected(BaseModel):

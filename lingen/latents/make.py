@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -117,10 +118,19 @@ def _other(words: Words, config: Config, rank: int) -> None:
             task.work(shown=False, busy=[])
 
     os.environ["RANK"] = str(rank)  # for run_main: rank 0 says it for all
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     try:
         run_main(work)
     except KeyboardInterrupt:
         return
+
+
+def _end_with_the_first() -> None:
+    """A process that was killed cannot end the others; they would go on for hours with nobody to look after them."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,8 @@ class Task:
             samples=sum(len(unit.rows) for unit in units),
             samples_per_shard=words.samples_per_shard,
             batch_size=words.batch_size,
+            autoencoder_dtype=config.autoencoder.dtype,
+            tile=config.autoencoder.tile,
         )
         with writing(words.out):
             folder = Folder(words.out, plan, empty)
