@@ -243,7 +243,8 @@ def _read(index: Index, i: int) -> bytes:
     for attempt, pause in enumerate((0.0, *PAUSES)):
         if attempt == 1:
             print(f"{path}: {problem}; trying again for {sum(PAUSES):.1f} s", file=sys.stderr, flush=True)
-        time.sleep(pause)
+        if pause:  # a sleep of none lets others go first
+            time.sleep(pause)
         try:
             with path.open("rb", buffering=0) if index.shelf is None else index.shelf.open(shard) as stream:
                 media = os.pread(stream.fileno(), size, offset)

@@ -67,15 +67,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     def tell(_: Index, i: int, *, verify: bool = True) -> bytes:
         return struct.pack("<q", i)
 
-    def show(
-        media: bytes, *, frames: int, height: int, width: int, fps: float, start: float, **_: object
-    ) -> torch.Tensor:
-        pixels = torch.zeros(3, frames, height, width, dtype=torch.uint8)
-        pixels.view(-1)[:16] = torch.frombuffer(bytearray(media + struct.pack("<d", start)), dtype=torch.uint8)
-        return pixels
+    def show(clip: torch.Tensor, media: bytes, *, start: float, **_: object) -> None:
+        clip.zero_().view(-1)[:16] = torch.frombuffer(bytearray(media + struct.pack("<d", start)), dtype=torch.uint8)
 
     monkeypatch.setattr("data.workers.read_member", tell)
-    monkeypatch.setattr("data.workers.decode_clip", show)
+    monkeypatch.setattr("data.workers.decode_into", show)
 
 
 def merge(batches: list[Batch]) -> Step:
@@ -175,7 +171,7 @@ def test_no_sample_of_an_epoch_is_lost_or_repeated(tmp_path: Path) -> None:
 def test_the_end_of_an_epoch_costs_what_its_beginning_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 100,000 samples: as many reads, and about the time, until the first batch is there."""
     monkeypatch.undo()
-    monkeypatch.setattr("data.workers.decode_clip", lambda media, **shape: torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr("data.workers.decode_into", lambda clip, media, **_: clip.zero_())
     reads, pread = [], os.pread
 
     def counted(*where: Any) -> bytes:
