@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,7 @@ from data.shards import Index
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 from lingen.latents.units import buckets_of, make_units
+from lingen.stage_config import with_batches
 
 DATA = DataConfig(path="unused", workers=0, holdout_share=0.0)
 Clip = tuple[int, float, int, int]  # frames, rate, height, width
@@ -264,6 +266,26 @@ def test_training_and_validation_share_one_assignment(index: Index, data_config:
         assert held_out == {index.key[n] for n in rows[name] if not own[n]} and held_out
     empty = next(bucket for bucket in stage.buckets if str(bucket) == "5x8x8")
     assert not list(holdout_batches(index, stage, empty, data, limit=99, batch_size=1, rank=0, world=1))
+
+
+def test_a_token_budget_keeps_the_shares_on_all_ranks(index: Index, data_config: MakeConfig) -> None:
+    shapes = [{"frames": 1, "height": 8, "width": 8, "share": 2}, {"frames": 5, "height": 8, "width": 8, "share": 1}]
+    given = {"name": "s", "buckets": shapes, "samples": 10**6, "lr": 1, "token_budget": 65, "batch_multiple": 12}
+    stage = with_batches(StageConfig.model_validate(given | {"fps": 8}), lambda bucket: bucket.frames)
+    assert [bucket.batch_size for bucket in stage.buckets] == [60, 12]  # 65 and 13 would fit
+
+    def loader(rank: int, world: int) -> StageLoader:
+        return StageLoader(index, stage, data_config(), seed=0, rank=rank, world=world, grad_accumulation=1)
+
+    drawn = []
+    for rank, world in ((0, 1), (1, 2), (2, 3), (3, 4)):
+        steps = iter(loader(rank, world))
+        drawn.append([str(next(steps)[0].bucket) for _ in range(30)])
+        assert Counter(drawn[-1]) == {"1x8x8": 20, "5x8x8": 10}
+        assert all(abs(Counter(drawn[-1][:n])["5x8x8"] - n / 3) < 1 for n in range(30))
+    assert drawn[1:] == drawn[:1] * 3
+    with pytest.raises(UserError, match=r"batch_size=60.* 8 ranks \* .*; set stages.s.batch_multiple=24"):
+        loader(0, 8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 200), (200, 100), (90, 160), (120, 120)])

@@ -23,7 +23,6 @@ from data.pipeline import Position, StageLoader, holdout_batches, rank_slices
 from data.shards import Index, load_index, read_member
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
-from lingen.stage_config import with_batches
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -151,23 +150,6 @@ def test_shares_of_steps_and_end_of_stage(index: Index, data_config: MakeConfig)
     assert counts == {"1x8x8": 4, "5x8x8": 2}
     assert loader.position.consumed == {"1x8x8": 96, "5x8x8": 24}
     assert list(loader) == []  # finished
-
-
-def test_a_token_budget_keeps_the_shares_on_all_ranks(index: Index, data_config: MakeConfig) -> None:
-    given = make_stage().model_dump() | {"token_budget": 65, "batch_multiple": 12}
-    for bucket in given["buckets"]:
-        bucket["batch_size"] = 0
-    stage = with_batches(StageConfig.model_validate(given), lambda bucket: bucket.frames)
-    assert [bucket.batch_size for bucket in stage.buckets] == [60, 12]  # 65 and 13 would fit
-    drawn = []
-    for rank, world in ((0, 1), (1, 2), (2, 3), (3, 4)):
-        steps = iter(make_loader(index, stage, data_config(), rank=rank, world=world))
-        drawn.append([str(next(steps)[0].bucket) for _ in range(30)])
-        assert Counter(drawn[-1]) == {"1x8x8": 20, "5x8x8": 10}
-        assert all(abs(Counter(drawn[-1][:n])["5x8x8"] - n / 3) < 1 for n in range(30))
-    assert drawn[1:] == drawn[:1] * 3
-    with pytest.raises(UserError, match=r"batch_size=60.* 8 ranks \* .*; set stages.stage.batch_multiple=24"):
-        make_loader(index, stage, data_config(), world=8)
 
 
 def test_resuming_far_on_reads_nothing_before(
