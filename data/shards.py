@@ -10,12 +10,12 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from lingen.files import write_file
 PLAN = "precompute.json"  # in a folder of latents: what is to be written there
 # Seconds before a read is tried again: a file server may be away for a moment.
 PAUSES = (0.1, 0.4, 1.6)
+T = TypeVar("T")
 
 
 class LostShard(UserError):
@@ -238,8 +239,25 @@ def read_beside(index: Index, name: str) -> bytes:
 
 
 def _read(index: Index, i: int) -> bytes:
-    shard, size, offset = int(index.shard[i]), int(index.bytes[i]), int(index.offset[i])
-    path, problem = index.shard_paths[shard], ""
+    size = int(index.bytes[i])
+
+    def whole(handle: int, offset: int) -> bytes:
+        media = os.pread(handle, size, offset)
+        _check_end(offset, len(media), size)
+        return media
+
+    return from_shard(index, i, whole)
+
+
+def from_shard(index: Index, i: int, read: Callable[[int, int], T]) -> T:
+    """What ``read(handle, offset)`` gives, with sample ``i``'s shard and its media's place there. Where it raises an
+    OSError, it is called again after some pauses.
+
+    Raises:
+        LostShard: it raised one each time, or the shard cannot be opened.
+    """
+    shard, problem = int(index.shard[i]), ""
+    path = index.shard_paths[shard]
     for attempt, pause in enumerate((0.0, *PAUSES)):
         if attempt == 1:
             print(f"{path}: {problem}; trying again for {sum(PAUSES):.1f} s", file=sys.stderr, flush=True)
@@ -247,16 +265,26 @@ def _read(index: Index, i: int) -> bytes:
             time.sleep(pause)
         try:
             with path.open("rb", buffering=0) if index.shelf is None else index.shelf.open(shard) as stream:
-                media = os.pread(stream.fileno(), size, offset)
+                return read(stream.fileno(), int(index.offset[i]))
         except Unreachable as error:  # that took its own pauses
             raise LostShard(f"shard cannot be read: {error}") from error
         except OSError as error:
             problem = error.strerror or str(error)
-            continue
-        if len(media) == size:
-            return media
-        problem = f"it was cut: it ends at byte {offset + len(media)}, inside a sample that ends at {offset + size}"
     raise LostShard(f"shard {path} cannot be read: {problem}")
+
+
+def scatter(handle: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Fill the buffers, one after the other, with what a file has at a place.
+
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    _check_end(offset, os.preadv(handle, buffers, offset), sum(map(len, buffers)))
+
+
+def _check_end(offset: int, count: int, wanted: int) -> None:
+    if count < wanted:
+        raise OSError(f"it was cut: it ends at byte {offset + count}, inside a sample that ends at {offset + wanted}")
 
 
 def write_shards(

@@ -20,7 +20,7 @@ from data.blocks import SPARE, Block, Blocks
 from data.buckets import Floats, Ints
 from data.decode import decode_into
 from data.keeper import Keeper, Outcome, WorkerError, make
-from data.latents import Layout, read_latents
+from data.latents import Layout, described, read_into
 from data.shards import Index, LostShard, read_member
 from data.shelf import ReadAhead, Shelf
 from lingen.config import DataConfig
@@ -171,9 +171,8 @@ def _work_on(index: Index) -> Callable[[Index, DataConfig, Job, int, torch.Tenso
 
 def _read_sample(index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor) -> None:
     """As ``_decode_sample``, from latents."""
-    latents, tokens = read_latents(index, int(job.rows[n]), verify=data.verify_checksums)
-    assert index.latents is not None
-    Layout(index.latents, job.bucket).fill(memory, n, latents, tokens)
+    layout = Layout(described(index), job.bucket)
+    read_into(memory, n, index, int(job.rows[n]), layout, verify=data.verify_checksums)
 
 
 def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: torch.Tensor) -> None:

@@ -77,8 +77,13 @@ def test_what_is_dropped_takes_no_memory_and_a_fork_drops_nothing() -> None:
 
 def test_a_worker_maps_a_block_once_and_forgets_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     mapped: list[int] = []
-    make: Callable[[int, int], mmap.mmap] = mmap.mmap
-    monkeypatch.setattr("data.blocks.mmap.mmap", lambda handle, size: mapped.append(size) or make(handle, size))
+    make = mmap.mmap
+
+    def counted(handle: int, size: int) -> mmap.mmap:
+        mapped.append(size)
+        return make(handle, size)
+
+    monkeypatch.setattr("data.blocks.mmap.mmap", counted)
     blocks = [Block(n, 4096 * (n + 1)) for n in range(3)]
     mapped.clear()
     maps, before = Maps(room=2), handles()
