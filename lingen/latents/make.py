@@ -33,7 +33,7 @@ from data.writer import ShardWriter, Window
 from lingen.autoencoders import Autoencoder, load_autoencoder
 from lingen.config import Config
 from lingen.dist import Place
-from lingen.errors import UserError, run_main
+from lingen.errors import LocalError, UserError, run_main
 from lingen.latents.folder import Folder, Part, Plan, Rejected
 from lingen.latents.units import Unit, buckets_of, make_units
 from lingen.output import make_folder, writing
@@ -210,7 +210,7 @@ class Task:
         try:
             for batch, holes in clips:
                 if batch.lost:
-                    raise UserError(batch.lost)
+                    raise LocalError(batch.lost)  # the others may never come to this shard
                 part.rejected += [Rejected(bucket=str(unit.bucket), **vars(hole)) for hole in holes]
                 self._encode(unit, batch, writer, part)
                 done += len(batch.keys)

@@ -7,14 +7,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
-from data.shards import load_index
+import lingen.latents.make
+from data.shards import Index, load_index
+from data.workers import Job
 from lingen.compose import compose
-from lingen.errors import UserError
+from lingen.errors import LocalError, UserError
 from lingen.loop import train
 from tests.conftest import ENVIRONMENT, ROOT, World
 from tests.integration.test_precompute import make_latents
@@ -91,3 +96,16 @@ def test_no_process_outlives_the_one_that_was_killed(world: World, tmp_path: Pat
     first.wait()
     assert others and psutil.wait_procs(others, timeout=60)[1] == []
     assert len(list(parts.glob("*.json"))) < 200  # of 256 at most: they ended before their work did
+
+
+def test_a_lost_shard_is_told_by_whoever_meets_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(index: Index, data: Any, jobs: Iterator[Job]) -> Iterator[tuple[Any, list[Any]]]:
+        next(jobs)
+        yield SimpleNamespace(lost="shard-000000.tar cannot be read"), []
+
+    monkeypatch.setattr(lingen.latents.make, "decode", decode)
+    with pytest.raises(LocalError, match=r"shard-000000\.tar cannot be read"):
+        make_latents(world, world.shards, tmp_path / "latents", *VIDEO)
+    assert not list((tmp_path / "latents").glob("shard-*"))
