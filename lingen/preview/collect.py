@@ -15,7 +15,7 @@ from data.batch import Batch
 from data.counts import check_buckets
 from data.pipeline import StageLoader
 from data.shards import Index
-from lingen.autoencoders import Autoencoder, to_float
+from lingen.autoencoders import Autoencoder, psnr, to_float
 from lingen.config import BucketConfig, Config, StageConfig, latent_shape, token_grid
 from lingen.errors import UserError
 
@@ -121,7 +121,7 @@ def _samples(
     samples = []
     for n in torch.nonzero(batch.valid).flatten().tolist():  # one by one: memory is a clip's
         fed = batch.pixels[n] if batch.latents is None else None
-        decoded, psnr = None, None
+        decoded, quality = None, None
         if autoencoder is not None:
             latents = (
                 batch.latents[n : n + 1].to(device).float()
@@ -130,11 +130,6 @@ def _samples(
             )  # (1, C, T, h, w)
             pixels = autoencoder.decode(latents)[0].float().cpu()  # (3, F, H, W) in [-1, 1]
             decoded = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            psnr = None if fed is None else _psnr(to_float(fed), pixels)
-        samples.append(Sample(batch.keys[n], batch.captions[n], row_of[batch.keys[n]], fed, decoded, psnr))
+            quality = None if fed is None else psnr(float((to_float(fed) - pixels).double().square().mean()))
+        samples.append(Sample(batch.keys[n], batch.captions[n], row_of[batch.keys[n]], fed, decoded, quality))
     return samples
-
-
-def _psnr(first: torch.Tensor, second: torch.Tensor) -> float:
-    """In dB; the peak is 2: [-1, 1]."""
-    return 10 * math.log10(4 / max(float((first - second).double().square().mean()), 1e-12))
