@@ -32,6 +32,8 @@ Decoder = Literal["decord", "pyav"]
 T = TypeVar("T")
 
 AHEAD = 4  # frames that are decoded while one before them is converted
+# Containers that hold their streams. FFmpeg knows others, that name files and servers to read from (concat, hls, sdp).
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
 CHUNK_BYTES = 32 << 20  # pixels that decord holds at full resolution at a time; PyAV holds one picture
 # A frame of these that is no reference is skipped unless it is wanted. (HEVC's may serve higher temporal layers.)
 SKIPPABLE = ("h264", "mpeg2video", "mpeg4")
@@ -237,7 +239,7 @@ def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter)
 
 def open_media(media: bytes) -> av.container.InputContainer:
     """Workers are processes already: no threads. A title or an author need not be UTF-8."""
-    container = av.open(io.BytesIO(media), metadata_errors="replace")
+    container = av.open(io.BytesIO(media), metadata_errors="replace", options={"format_whitelist": FORMATS})
     for stream in container.streams.video:
         stream.thread_type = "NONE"
     return container
@@ -256,11 +258,14 @@ def open_video(media: bytes) -> Iterator[Video]:
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
             raise BadSample("no video", "there is no video stream")
+        if streams[0].codec_context is None:
+            raise BadSample("cannot be decoded", "its codec is not known")
         stream, codec, name = streams[0], streams[0].codec_context, container.format.name
-        packets, plain, stamps, keys = 0, len(container.streams.video) == 1, [], []
+        packets, plain, stamps, keys, moments = 0, len(container.streams.video) == 1, [], [], [0]
         for packet in container.demux(stream):
             if not packet.size:
                 continue
+            moments.append(packet.dts or 0)
             if packet.is_keyframe and packet.pts is not None:
                 early = packet.pts if name.startswith("mov") or packet.dts is None else min(packet.pts, packet.dts)
                 keys.append(Key(packet.pts, early, packets))
@@ -273,8 +278,10 @@ def open_video(media: bytes) -> Iterator[Video]:
                 plain = False
         if not packets:
             raise BadSample("no frames")
-        if packets < stream.frames:
-            raise BadSample("truncated", f"{packets} of {stream.frames} frames")
+        # An AVI counts moments: a frame that is shown for several has one packet.
+        reached = packets if name != "avi" else moments[-1] + max(1, int(np.diff(moments).max()))
+        if reached < stream.frames:
+            raise BadSample("truncated", f"{reached} of {stream.frames} frames")
         if not stamps:
             raise BadSample("no timestamps")
         yield Video(
@@ -299,13 +306,14 @@ def _pixel_aspect(ratio: Fraction | None) -> float:
 def _suits_decord(media: bytes, container: str, codec: av.VideoCodecContext) -> bool:
     """Whether decord is known to give the frames that PyAV gives.
 
-    It mistakes frames in MPEG-TS and the times in AVI, rounds 10 bits and odd sizes in another way, converts interlaced
-    colours, and does not turn by every matrix; AV1 it cannot read.
+    It mistakes frames in MPEG-TS and around key frames side by side in fragments, and the times in AVI, rounds 10 bits
+    and odd sizes in another way, converts interlaced colours, and does not turn by every matrix; AV1 it cannot read.
     """
     halved = {"yuv420p": 2, "yuv422p": 1, "yuvj420p": 2, "yuvj422p": 1}.get(codec.pix_fmt or "", 0)
     odd = (halved >= 1 and codec.width % 2) or (halved >= 2 and codec.height % 2)
     return (
         container.startswith("mov,mp4")
+        and b"moof" not in media  # the box of a fragment
         and codec.name in DECORD_CODECS
         and codec.pix_fmt in DECORD_FORMATS
         and not odd

@@ -53,10 +53,11 @@ def encode(
     turned: float | None = None,
     audio: bool = False,
     rate: int = 25,
+    muxing: dict[str, str] | None = None,
 ) -> bytes:
     """A ``drawing`` of ``shape`` (F, H, W) as a file."""
     out = io.BytesIO()
-    with av.open(out, "w", format=container) as made:
+    with av.open(out, "w", format=container, options=muxing or {}) as made:
         stream: Any = made.add_stream(codec, rate=rate, options=H264 if options is None else options)
         stream.height, stream.width, stream.pix_fmt = shape[1], shape[2], pixels
         if turned is not None:
@@ -101,9 +102,14 @@ OTHERS = {
     "hevc with open groups": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=8:crf=10"}},
     "h264 10 bit": {"pixels": "yuv420p10le"},
     "h264 interlaced": {"options": {"x264-params": f"tff=1:keyint=8:{X264}"}},
+    "h264 in fragments": {
+        "options": {"crf": "10", "x264-params": f"bframes=2:keyint=2:{X264}"},
+        "muxing": {"movflags": "+frag_keyframe+empty_moov"},
+    },
     "h264 matroska": {"container": "matroska"},
     "h264 ts": {"container": "mpegts"},
     "h264 avi": {"container": "avi"},
+    "frames that stay, avi": PLAIN["mpeg4"] | {"container": "avi", "rate": 50, "stamps": range(0, 48, 2)},
     "hevc 10 bit": {"codec": "libx265", "pixels": "yuv420p10le", "options": HEVC},
     "vp9 odd webm": {"codec": "libvpx-vp9", "shape": (24, 37, 51), "container": "webm", "options": {"crf": "10"}},
     "vp8 webm": {"codec": "libvpx", "container": "webm", "options": {"auto-alt-ref": "1", "lag-in-frames": "9"}},
@@ -212,6 +218,12 @@ def test_a_wrong_duration_in_the_header() -> None:
     assert (info.frames, round(info.fps)) == (24, 25)
     with pytest.raises(BadSample, match="too short"):
         decode_clip(media, frames=20, height=32, width=32, fps=8, start=0)
+
+
+def test_an_avi_that_was_cut() -> None:
+    media = encode(**OTHERS["frames that stay, avi"])
+    with pytest.raises(BadSample, match="truncated"):
+        probe(media[: len(media) * 9 // 10])
 
 
 def test_sound_alone_and_a_cover_picture_are_no_video() -> None:
