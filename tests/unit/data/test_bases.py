@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import fsspec
 import pytest
 
 from data.decode import BadSample, probe
@@ -40,6 +41,18 @@ def test_commands(index: Index, mixed_shards: Path, tmp_path: Path, monkeypatch:
         broken = replace(far.shelf, source=Source(f"pipe:{command}"), folder=tmp_path / "other")
         with pytest.raises(Unreachable, match=problem):
             broken.open(0)
+
+
+def test_an_object_store(index: Index, mixed_shards: Path, tmp_path: Path) -> None:
+    """What fsspec calls memory stands in for s3."""
+    store = fsspec.filesystem("memory")
+    store.put(str(mixed_shards), "/bucket/some clips", recursive=True)
+    far = load_index("memory://bucket/some clips/")
+    store.rm("/bucket/some clips/index.json")  # it is read once
+    assert far.shelf is not None
+    far = replace(far, shelf=replace(far.shelf, folder=tmp_path))
+    assert [read_member(far, n) for n in range(len(far))] == [read_member(index, n) for n in range(len(far))]
+    store.rm("/bucket", recursive=True)
 
 
 @pytest.mark.parametrize(
