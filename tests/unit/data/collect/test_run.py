@@ -77,6 +77,13 @@ def test_names_that_are_no_text(folder: Path, make: Make) -> None:
     assert "bad\\udcff" in (folder.parent / "out" / "report.html").read_text()
 
 
+def test_a_bad_video_in_many_windows_is_one_bad_sample(folder: Path, make: Make) -> None:
+    (folder / "clip-00.mov").write_bytes((folder / "clip-00.mp4").read_bytes())
+    out = make(folder, window_seconds=0.25, max_bad_share=0.1)
+    assert [reason for _, reason in rejected(out) if reason != "too short"] == ["duplicate key"] * 4
+    assert [step["bad"] for step in steps(out)] == [1]
+
+
 def die(where: str, left: int, words: Words) -> None:
     """Collect, and be killed by the ``left``-th call of a function: before it, or just behind it."""
     owners = {"_take": data.collect.run._Run, "close": ShardWriter, "add": Journal}
