@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +21,15 @@ from safetensors.torch import load, save
 from data.batch import Bucket, States, Tokens
 from data.decode import BadSample
 from data.index_file import Latents
-from data.shards import Index, from_shard, read_beside, read_member, scatter
+from data.shards import Index, from_shard, read_at, read_beside, read_member
 from lingen.config import BucketConfig, StageConfig
 from lingen.errors import UserError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors calls them
 ALIGNED = 64  # bytes
-HEADER = 1 << 20  # bytes, of which a member's header never has so many
+HEAD, MOST = 1 << 10, 1 << 20  # bytes in which a member's header mostly ends, and always
+CHUNK = 1 << 19  # bytes that are summed before they leave the processor's cache
 Bytes = npt.NDArray[np.uint8]
 SUFFIX = "safetensors"  # of a member
 EMPTY = f"empty.{SUFFIX}"  # the states of the empty caption, which stands for "no condition"
@@ -52,7 +54,7 @@ def read_into(memory: torch.Tensor, n: int, index: Index, i: int, layout: Layout
     size = int(index.bytes[i])
 
     def from_disk(handle: int, offset: int) -> int:
-        return layout.fill(memory, n, size, lambda buffers, at: scatter(handle, buffers, offset + at), verify=verify)
+        return layout.fill(memory, n, size, lambda part, at: read_at(handle, part, offset + at), verify=verify)
 
     try:
         if from_shard(index, i, from_disk) == described(index).checks[i] or not verify:
@@ -62,10 +64,8 @@ def read_into(memory: torch.Tensor, n: int, index: Index, i: int, layout: Layout
             raise
     content = read_member(index, i)  # whose sha256 decides, and which fetches a shard again
 
-    def from_content(buffers: Sequence[memoryview], at: int) -> None:
-        for buffer in buffers:
-            buffer[:] = content[at : at + len(buffer)]
-            at += len(buffer)
+    def from_content(part: memoryview, at: int) -> None:
+        part[:] = content[at : at + len(part)]
 
     layout.fill(memory, n, size, from_content)
 
@@ -124,6 +124,7 @@ class Stored(NamedTuple):
     bytes: int
 
 
+@lru_cache(maxsize=1024)
 def _header(content: bytes) -> dict[str, Stored]:
     """The tensors that a safetensors header names, in their order in the file, where they lie side by side."""
     tensors, end = {}, 0
@@ -158,7 +159,7 @@ def _refuse_others(tensors: Mapping[str, Stored], about: Latents, shape: tuple[i
             raise BadSample("other latents", f"text.{name} is {size} {dtype}")
 
 
-Read = Callable[[Sequence[memoryview], int], None]  # fill buffers with a member's bytes from a place on
+Read = Callable[[memoryview, int], None]  # fill a buffer with a member's bytes from a place on
 
 
 class Layout:
@@ -191,31 +192,33 @@ class Layout:
         """Put in sample ``n``, a member of ``size`` bytes.
 
         Returns:
-            ``check_of`` the member, if ``verify``.
+            ``check_of`` the member, if ``verify``; else nothing of use.
 
         Raises:
             BadSample: it is not as the index says.
         """
-        head = np.zeros(8, np.uint8)
-        read([head[: min(8, size)].data], 0)
-        length = int.from_bytes(head, "little")
-        if not 0 < length <= min(HEADER, size - 8):
-            raise BadSample("no safetensors", f"a header of {length} bytes in {size}")
-        header, begin = np.empty(length, np.uint8), 8 + length
-        read([header.data], 8)
-        tensors = _header(header.tobytes())
+        head = np.empty(min(size, HEAD), np.uint8)
+        read(head.data, 0)
+        begin = 8 + int.from_bytes(head[:8], "little")
+        if not 8 < begin <= min(size, MOST):
+            raise BadSample("no safetensors", f"a header of {begin - 8} bytes in {size}")
+        if begin > len(head):
+            head = np.empty(begin, np.uint8)
+            read(head.data, 0)
+        tensors = _header(head[8:begin].tobytes())
         if size != begin + sum(one.bytes for one in tensors.values()):
             raise BadSample("no safetensors", f"its tensors do not have {size - begin} bytes")
         _refuse_others(tensors, self.about, self.shape)
         place = memory.numpy()[n * self.bytes : (n + 1) * self.bytes]
-        parts = [place[self._parts[name][0] :][: one.bytes] for name, one in tensors.items()]
-        read([part.data for part in parts if len(part)], begin)
+        total = _sum(head[:begin], 0)
+        for name, one in tensors.items():
+            for at in range(0, one.bytes, CHUNK):
+                part = place[self._parts[name][0] :][at : min(at + CHUNK, one.bytes)]
+                read(part.data, begin + one.begin + at)
+                total += _sum(part, begin + one.begin + at) if verify else 0
         for at, name in enumerate(self.text):
             self._part(memory, "counts")[n, at] = tensors[f"text.{name}"].shape[0]
-        if not verify:
-            return 0
-        places = [0, 8, *(begin + one.begin for one in tensors.values())]
-        return sum(map(_sum, [head, header, *parts], places)) % 2**64
+        return total % 2**64
 
     def clear(self, memory: torch.Tensor, n: int) -> None:
         """Make a hole of sample ``n``."""

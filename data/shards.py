@@ -10,7 +10,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -275,13 +275,13 @@ def from_shard(index: Index, i: int, read: Callable[[int, int], T]) -> T:
     raise LostShard(f"shard {path} cannot be read: {problem}")
 
 
-def scatter(handle: int, buffers: Sequence[memoryview], offset: int) -> None:
-    """Fill the buffers, one after the other, with what a file has at a place.
+def read_at(handle: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer with what a file has at a place.
 
     Raises:
         OSError: it cannot be read, or ends before.
     """
-    _check_end(offset, os.preadv(handle, buffers, offset), sum(map(len, buffers)))
+    _check_end(offset, os.preadv(handle, [buffer], offset), len(buffer))
 
 
 def _check_end(offset: int, count: int, wanted: int) -> None:

@@ -9,7 +9,7 @@ import atexit
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from weakref import WeakSet
 
 import numpy as np
@@ -20,7 +20,7 @@ from data.blocks import SPARE, Block, Blocks
 from data.buckets import Floats, Ints
 from data.decode import decode_into
 from data.keeper import Keeper, Outcome, WorkerError, make
-from data.latents import Layout, described, read_into
+from data.latents import Layout, read_into
 from data.shards import Index, LostShard, read_member
 from data.shelf import ReadAhead, Shelf
 from lingen.config import DataConfig
@@ -166,13 +166,14 @@ def sample_bytes(index: Index, shape: Bucket) -> int:
 
 def _work_on(index: Index) -> Callable[[Index, DataConfig, Job, int, torch.Tensor], None]:
     """How to make a sample."""
-    return _read_sample if index.latents else _decode_sample
+    return partial(_read_sample, cache(partial(Layout, index.latents))) if index.latents else _decode_sample
 
 
-def _read_sample(index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor) -> None:
+def _read_sample(
+    layout: Callable[[Bucket], Layout], index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor
+) -> None:
     """As ``_decode_sample``, from latents."""
-    layout = Layout(described(index), job.bucket)
-    read_into(memory, n, index, int(job.rows[n]), layout, verify=data.verify_checksums)
+    read_into(memory, n, index, int(job.rows[n]), layout(job.bucket), verify=data.verify_checksums)
 
 
 def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: torch.Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,10 +215,8 @@ def test_a_layout_keeps_samples_apart() -> None:
     for n in (2, 0, 1):
         member = pack(*made[n], "print")
 
-        def read(buffers: Sequence[memoryview], at: int, member: bytes = member) -> None:
-            for buffer in buffers:
-                buffer[:] = member[at : at + len(buffer)]
-                at += len(buffer)
+        def read(part: memoryview, at: int, member: bytes = member) -> None:
+            part[:] = member[at : at + len(part)]
 
         assert layout.fill(memory, n, len(member), read, verify=True) == check_of(member)
     latents, states = layout.read(memory)
