@@ -41,8 +41,9 @@ endif
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# A process a core, to four of them; the tests of a file stay together and share what they made.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Under a Slurm of its own where slurm-wlm and munge are installed and we are root, else with plain processes.
 KILLS ?= 40

@@ -50,7 +50,7 @@ class Batch:
 class States:
     """The stored states of B captions, of N <= L tokens each; a hole has none."""
 
-    padded: dict[str, torch.Tensor]  # by text encoder, (B, L, S)
+    padded: dict[str, torch.Tensor]  # by text encoder, (B, L, S); behind the N-th token lies anything
     counts: torch.Tensor  # (B, encoders) int64, each N
 
     def rows(self) -> list[Tokens]:

@@ -105,20 +105,35 @@ def decode_clip(
     Raises:
         BadSample: it cannot be decoded, or it has less footage than (frames - 1) / fps seconds.
     """
+    clip = torch.empty(3, frames, height, width, dtype=torch.uint8)
+    decode_into(clip, media, fps=fps, start=start, begin=begin, end=end, decoder=decoder)
+    return clip
+
+
+def decode_into(
+    clip: torch.Tensor,
+    media: bytes,
+    *,
+    fps: float,
+    start: float,
+    begin: float = 0.0,
+    end: float = 0.0,
+    decoder: Decoder = "pyav",
+) -> None:
+    """As ``decode_clip``, into a uint8 tensor (3, f, h, w) that is there: nothing of a clip's size is made besides."""
+    frames, height, width = clip.shape[1:]
     if _is_image(media):
         if frames > 1:
             raise BadSample("too short", f"an image cannot fill {frames} frames")
-        pixels = _decode_image(media, (height, width))
-        return _cover(Piece(pixels, 1.0), height, width).permute(1, 0, 2, 3).contiguous()  # (3, 1, h, w)
-    clip = torch.empty(frames, 3, height, width, dtype=torch.uint8)
+        clip.copy_(_cover(Piece(_decode_image(media, (height, width)), 1.0), height, width).transpose(0, 1))
+        return
     with open_video(media) as video:
         times, done = video.times, 0
         first, last = part_of(times, begin, end)
         picked = [first + i for i in _nearest_frames(times[first:last], frames, fps, start)]
         for piece in video.frames(picked, decoder):
-            clip[done : done + len(piece.frames)] = _cover(piece, height, width)
+            clip[:, done : done + len(piece.frames)] = _cover(piece, height, width).transpose(0, 1)
             done += len(piece.frames)
-    return clip.permute(1, 0, 2, 3).contiguous()  # (3, f, h, w)
 
 
 def part_of(times: Times, begin: float, end: float) -> tuple[int, int]:

@@ -92,6 +92,9 @@ class Latents(BaseModel):
     mean: list[float] = []  # of each channel, over all samples
     std: list[float] = []
     checks: list[int] = []  # of each sample's bytes (``data.latents.check_of``): a sha256 takes longer
+    # Of the clip that each sample is a window of: seconds from its first frame to its last, height, width. They decide
+    # which bucket of a stage the clip belongs in.
+    sources: list[tuple[Seconds, Count, Count]] = []
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a bucket's latents."""

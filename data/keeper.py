@@ -2,10 +2,11 @@
 
     parent  --job, memory-->  keeper  --job, memory-->  worker
 
-The parent makes a file in memory for each job's pixels and passes it on; the worker fills it in, sample after sample,
-and says what came of each. The keeper decodes nothing, so it outlives what kills a worker. It blames the sample that a
-worker died at, tries it once more alone in a new worker, and calls it a hole if that dies too: the same sample, each
-time and on each machine. A worker that holds too much memory is replaced between two samples.
+The parent takes a block of shared memory for each job (``data.blocks``) and passes it on; the worker fills it in,
+sample after sample, notes which one it is at, and says at the end what came of each. The keeper decodes nothing, so it
+outlives what kills a worker. It blames the sample that a worker died at, tries it once more alone in a new worker, and
+calls it a hole if that dies too: the same sample, each time and on each machine. A worker that holds too much memory is
+replaced between two samples.
 
 Both are forks. The keeper is forked when the loader starts and has one thread, so that it can fork workers safely later
 on, when the parent has threads of its own.
@@ -17,11 +18,12 @@ import ctypes
 import mmap
 import multiprocessing
 import os
+import select
 import signal
+import struct
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import recv_handle, send_handle
@@ -30,6 +32,7 @@ from typing import Any, Generic, TypeVar
 import psutil
 import torch
 
+from data.blocks import Block, Maps, Part
 from data.video import BadSample
 from lingen.errors import UserError
 
@@ -42,6 +45,7 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ALONE_S = 2.0  # how often a keeper looks whether its parent is still there
 CRASHED = "decoder crashed"
 PR_SET_PDEATHSIG = 1
+PLACE = struct.Struct("q")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -52,46 +56,23 @@ class WorkerError(Exception):
 Failure = UserError | WorkerError  # of the whole job
 
 
-class Memory:
-    """So many bytes that processes share, without a name that anyone would have to remove."""
-
-    def __init__(self, size: int, handle: int | None = None) -> None:
-        self.size = size
-        self.handle = _anonymous_file(size) if handle is None else handle
-
-    def tensor(self) -> torch.Tensor:
-        """(size,) uint8; it stays after ``close``."""
-        return torch.frombuffer(mmap.mmap(self.handle, self.size), dtype=torch.uint8)
-
-    def close(self) -> None:
-        os.close(self.handle)
-
-
-def _anonymous_file(size: int) -> int:
-    if sys.platform == "linux":
-        handle = os.memfd_create("lingen-batch")
-    else:
-        with tempfile.TemporaryFile() as file:
-            handle = os.dup(file.fileno())
-    os.truncate(handle, size)
-    return handle
-
-
 class Keeper(Generic[J]):
     """The parent's end. Jobs are done in the order in which they were sent.
 
     Args:
         work: makes one sample; it may raise ``BadSample``, which makes a hole, and anything else, which ends the job.
         memory_mb: a worker that has gained so much since its start is replaced.
+        room: blocks of memory that a worker keeps in reach.
     """
 
-    def __init__(self, work: Work[J], memory_mb: int) -> None:
-        self._connection, self._process = start_process(_keep, work, memory_mb << 20)
+    def __init__(self, work: Work[J], memory_mb: int, room: int) -> None:
+        self._connection, self._process = start_process(_keep, work, memory_mb << 20, room)
 
-    def send(self, job: J, places: list[int], memory: Memory) -> None:
-        """Have these samples of a job made."""
-        self._connection.send((job, places, memory.size))
-        send_handle(self._connection, memory.handle, self._process.pid)
+    def send(self, job: J, places: list[int], block: Block, used: int) -> None:
+        """Have these samples of a job made in the first bytes of a block."""
+        self._connection.send((places, block.part(used)))
+        self._connection.send(job)
+        send_handle(self._connection, block.handle, self._process.pid)
 
     def receive(self) -> dict[int, Outcome]:
         """What came of the samples of the oldest job.
@@ -136,74 +117,78 @@ def _ignoring_signals(target: Callable[..., None], *words: Any) -> None:
     target(*words)
 
 
-def _keep(connection: Connection, work: Work[J], limit: int, parent: int) -> None:
+def _keep(connection: Connection, work: Work[J], limit: int, room: int, parent: int) -> None:
     """The keeper's whole life: it ends with its parent."""
-    worker = _Worker(connection, work, limit, parent)
+    worker = _Worker(connection, work, limit, room, parent)
     try:
         while True:
             wait_for(connection, parent)
-            job, places, size = connection.recv()
-            memory = Memory(size, recv_handle(connection))
-            connection.send(_do(worker, job, places, memory))
-            memory.close()
+            (places, part), job = connection.recv(), connection.recv_bytes()  # which is the worker's to unpack
+            handle = recv_handle(connection)
+            connection.send(_do(worker, job, places, part, handle))
+            os.close(handle)
     except (EOFError, OSError):
         pass  # the parent closed its end, or is gone
     finally:
         worker.end()
 
 
-def _do(worker: _Worker[J], job: J, places: list[int], memory: Memory) -> dict[int, Outcome] | Exception:
+def _do(worker: _Worker[J], job: bytes, places: list[int], part: Part, handle: int) -> dict[int, Outcome] | Exception:
     """What came of each sample, or the error that ended the job."""
     outcomes: dict[int, Outcome] = {}
     blamed: int | None = None  # the sample that the worker before this one died at
     while todo := [n for n in places if n not in outcomes]:
-        alone = todo[:1] if todo[0] == blamed else todo
-        for n, outcome in worker.make(job, alone, memory):
+        made = worker.make(job, todo if blamed is None else [blamed], part, handle)
+        for n, outcome in made.items():
             if isinstance(outcome, Failure):
                 return outcome
             outcomes[n] = outcome
         if worker.died is None:
-            continue
-        at = next(n for n in todo if n not in outcomes)
-        if at == blamed:
-            outcomes[at] = BadSample(CRASHED, f"{worker.died}, twice")
+            blamed = None
+        elif worker.at == blamed:
+            outcomes[worker.at], blamed = BadSample(CRASHED, f"{worker.died}, twice"), None
         else:
             print(f"a data worker died ({worker.died}); its sample is tried again alone", file=sys.stderr, flush=True)
-        blamed = at
+            blamed = worker.at
     return outcomes
 
 
 class _Worker(Generic[J]):
-    """The keeper's end of a worker. ``died`` says of what, if it did in the last ``make``; a new one stands ready."""
+    """The keeper's end of a worker. If that died in the last ``make``, ``died`` says of what and ``at`` at which
+    sample, and a new one stands ready."""
 
-    def __init__(self, outer: Connection, work: Work[J], limit: int, parent: int) -> None:
-        self._outer, self._work, self._limit, self._parent = outer, work, limit, parent
+    def __init__(self, outer: Connection, work: Work[J], limit: int, room: int, parent: int) -> None:
+        self._outer, self._parent, self._words = outer, parent, (work, limit, room)
         self.died: str | None = None
+        self._at = mmap.mmap(-1, PLACE.size)  # which the worker writes
         self._start()
+
+    @property
+    def at(self) -> int:
+        return int(PLACE.unpack(self._at)[0])
 
     def _start(self) -> None:
         self._connection, theirs = FORK.Pipe()
         ends = (self._outer, self._connection)
-        self._process: BaseProcess = FORK.Process(target=_work, args=(theirs, ends, self._work, self._limit))
+        self._process: BaseProcess = FORK.Process(target=_work, args=(theirs, ends, self._at, *self._words))
         self._process.start()
         theirs.close()
 
-    def make(
-        self, job: J, places: list[int], memory: Memory
-    ) -> Iterator[tuple[int, Outcome | UserError | WorkerError]]:
-        """The outcomes of these samples, one by one; fewer where the worker ends before."""
+    def make(self, job: bytes, places: list[int], part: Part, handle: int) -> dict[int, Outcome | Failure]:
+        """The outcomes of these samples; fewer where the worker ends before, and none where it dies."""
         self.died = None
+        PLACE.pack_into(self._at, 0, places[0])
         try:
-            self._connection.send((job, places, memory.size))
-            send_handle(self._connection, memory.handle, self._process.pid)
-            for _ in places:
-                wait_for(self._connection, self._parent)
-                n, outcome, ends = self._connection.recv()
-                yield n, outcome
-                if ends:
-                    self.end()
-                    self._start()
-                    return
+            self._connection.send((places, part))
+            self._connection.send_bytes(job)
+            send_handle(self._connection, handle, self._process.pid)
+            wait_for(self._connection, self._parent)
+            outcomes: dict[int, Outcome | Failure]
+            outcomes, ends = self._connection.recv()
+            if ends:
+                self.end()
+                self._start()
+            return outcomes
         except (EOFError, OSError):
             if os.getppid() != self._parent:
                 raise
@@ -212,6 +197,7 @@ class _Worker(Generic[J]):
             self.died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self.end()
             self._start()
+            return {}
 
     def end(self) -> None:
         self._connection.close()
@@ -226,35 +212,38 @@ def wait_for(connection: Connection, parent: int) -> None:
     Raises:
         EOFError: the process ``parent`` is not this one's parent any more.
     """
-    while not connection.poll(ALONE_S):
+    waiter = select.poll()  # a connection's own way to wait takes ten times as long to set up
+    waiter.register(connection, select.POLLIN)
+    while not waiter.poll(1000 * ALONE_S):
         if os.getppid() != parent:
             raise EOFError
 
 
-def _work(connection: Connection, keepers: Sequence[Connection], work: Work[J], limit: int) -> None:
+def _work(
+    connection: Connection, keepers: Sequence[Connection], at: mmap.mmap, work: Work[J], limit: int, room: int
+) -> None:
     """The worker's whole life: it ends with its keeper."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also out of a decoder that hangs
     for end in keepers:
         end.close()
     torch.set_num_threads(1)
-    before = _held()
-    while True:
+    process, maps, full = psutil.Process(), Maps(room), False
+    before = _held(process)
+    while not full:
         try:
-            job, places, size = connection.recv()
-            memory = Memory(size, recv_handle(connection))
+            (places, part), job = connection.recv(), connection.recv()
+            pixels = maps.tensor(part, recv_handle(connection))
         except (EOFError, OSError):
             return
-        pixels = memory.tensor()
-        memory.close()
+        outcomes: dict[int, Outcome | Failure] = {}
         for n in places:
-            outcome = make(work, job, n, pixels)
-            full = _held() - before > limit
-            connection.send((n, outcome, full))
-            if full:
-                return
-            if isinstance(outcome, Failure):
+            PLACE.pack_into(at, 0, n)
+            outcomes[n] = make(work, job, n, pixels)
+            full = _held(process) - before > limit
+            if full or isinstance(outcomes[n], Failure):
                 break
+        connection.send((outcomes, full))
 
 
 def make(work: Work[J], job: J, n: int, pixels: torch.Tensor) -> Outcome | Failure:
@@ -268,7 +257,7 @@ def make(work: Work[J], job: J, n: int, pixels: torch.Tensor) -> Outcome | Failu
     return None
 
 
-def _held() -> int:
-    """Bytes of memory that this process does not share."""
-    memory = psutil.Process().memory_info()
+def _held(process: psutil.Process) -> int:
+    """Bytes of memory that a process does not share."""
+    memory = process.memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))

@@ -7,23 +7,30 @@ index.json says with which networks, and for which buckets, they were made. Noth
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from data.batch import Bucket, States, Tokens
 from data.decode import BadSample
 from data.index_file import Latents
-from data.shards import Index, read_beside, read_member
+from data.shards import Index, from_shard, read_at, read_beside, read_member
 from lingen.config import BucketConfig, StageConfig
 from lingen.errors import UserError
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # as safetensors calls them
 ALIGNED = 64  # bytes
+HEAD, MOST = 1 << 10, 1 << 20  # bytes in which a member's header mostly ends, and always
+CHUNK = 1 << 19  # bytes that are summed before they leave the processor's cache
+Bytes = npt.NDArray[np.uint8]
 SUFFIX = "safetensors"  # of a member
 EMPTY = f"empty.{SUFFIX}"  # the states of the empty caption, which stands for "no condition"
 MAKE = "python scripts/precompute.py data=SHARDS out={out}"
@@ -37,25 +44,30 @@ def pack(latents: torch.Tensor | None, tokens: Tokens, autoencoder: str) -> byte
     return save(tensors, {"autoencoder": autoencoder})
 
 
-def read_latents(index: Index, i: int, *, verify: bool = True) -> tuple[torch.Tensor, Tokens]:
-    """The latents (C, T, h, w) of sample ``i`` in the index's dtype, and the states of its caption by encoder, where
-    they are stored.
+def read_into(memory: torch.Tensor, n: int, index: Index, i: int, layout: Layout, *, verify: bool = True) -> None:
+    """Put sample ``i`` into place ``n`` of a batch's memory, straight from the disk: nothing is copied.
 
     Raises:
         BadSample: the bytes are not those that were written, or not of the shape and type that the index says.
         LostShard: the shard cannot be read.
     """
-    about = described(index)
-    content = read_member(index, i, verify=False)
-    if verify and check_of(content) != about.checks[i]:
-        content = read_member(index, i)  # whose sha256 decides
-    tensors = _parse(content)
-    latents = tensors.pop("latents", None)
-    shape = about.shape(int(index.frames[i]), int(index.height[i]), int(index.width[i]))
-    if latents is None or latents.shape != shape or latents.dtype != DTYPES[about.dtype]:
-        found = "none" if latents is None else f"{tuple(latents.shape)} {latents.dtype}"
-        raise BadSample("other latents", f"{found}, where the index says {shape} {about.dtype}")
-    return latents, _tokens(tensors, about)
+    size = int(index.bytes[i])
+
+    def from_disk(handle: int, offset: int) -> int:
+        return layout.fill(memory, n, size, lambda part, at: read_at(handle, part, offset + at), verify=verify)
+
+    try:
+        if from_shard(index, i, from_disk) == described(index).checks[i] or not verify:
+            return
+    except BadSample:
+        if not verify:
+            raise
+    content = read_member(index, i)  # whose sha256 decides, and which fetches a shard again
+
+    def from_content(part: memoryview, at: int) -> None:
+        part[:] = content[at : at + len(part)]
+
+    layout.fill(memory, n, size, from_content)
 
 
 def read_empty(index: Index) -> Tokens:
@@ -69,7 +81,8 @@ def read_empty(index: Index) -> Tokens:
         content = read_beside(index, EMPTY)
         if hashlib.sha256(content).hexdigest() != about.empty_sha256:
             raise BadSample("wrong checksum")
-        return _tokens(_parse(content), about)
+        _refuse_others(_header(content[8 : 8 + int.from_bytes(content[:8], "little")]), about, None)
+        return {name.removeprefix("text."): states for name, states in load(content).items()}
     except (OSError, BadSample) as error:
         raise UserError(f"data.path={index.path}: {path} cannot be read ({error}); copy it again") from error
 
@@ -79,9 +92,16 @@ def check_of(content: bytes) -> int:
 
     It finds what disks and networks do (a changed bit, zeros, other bytes in the place of some), at memory's speed.
     """
-    words = len(content) // 8
-    total = np.frombuffer(content, "<u8", words).sum(dtype=np.uint64)
-    return (int(total) + int.from_bytes(content[8 * words :], "little")) % 2**64
+    return _sum(np.frombuffer(content, np.uint8), 0) % 2**64
+
+
+def _sum(part: Bytes, at: int) -> int:
+    """What the bytes from place ``at`` on add to ``check_of`` their whole."""
+    before = min(-at % 8, len(part))  # bytes of a word that began in another part
+    words = (len(part) - before) // 8
+    behind = part[before + 8 * words :]
+    total = int(part[before : before + 8 * words].view("<u8").sum(dtype=np.uint64))
+    return total + int.from_bytes(behind, "little") + (int.from_bytes(part[:before], "little") << at % 8 * 8)
 
 
 def described(index: Index) -> Latents:
@@ -95,33 +115,61 @@ def described(index: Index) -> Latents:
     return index.latents
 
 
-def _parse(content: bytes) -> dict[str, torch.Tensor]:
+class Stored(NamedTuple):
+    """A tensor in a member: ``bytes`` of them, from ``begin`` on behind the header."""
+
+    dtype: torch.dtype | None  # None: not one of ours
+    shape: tuple[int, ...]
+    begin: int
+    bytes: int
+
+
+@lru_cache(maxsize=1024)
+def _header(content: bytes) -> dict[str, Stored]:
+    """The tensors that a safetensors header names, in their order in the file, where they lie side by side."""
+    tensors, end = {}, 0
     try:
-        return load(content)
-    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that is not known
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, behind) = TYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+            count = math.prod(shape) * dtype.itemsize if dtype else behind - begin
+            if begin != end or behind - begin != count or not all(type(side) is int and side >= 0 for side in shape):
+                raise ValueError(f"{name} has bytes {begin} to {behind}, not {end} to {end + count}")
+            tensors[name], end = Stored(dtype, shape, begin, count), behind
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadSample("no safetensors", str(error)[:200]) from error
+    return tensors
 
 
-def _tokens(tensors: Mapping[str, torch.Tensor], about: Latents) -> Tokens:
-    if set(tensors) != {f"text.{name}" for name in about.text}:
-        raise BadSample("other latents", f"it has {sorted(tensors)}, where the index says text {sorted(about.text)}")
-    tokens = {}
+def _refuse_others(tensors: Mapping[str, Stored], about: Latents, shape: tuple[int, ...] | None) -> None:
+    """Raises:
+    BadSample: these are not latents of this shape, or not none where it is None, with states as the index says.
+    """
+    latents = tensors.get("latents")
+    if (latents and latents[:2]) != (shape and (DTYPES[about.dtype], shape)):
+        found = f"{latents.shape} {latents.dtype}" if latents else "none"
+        raise BadSample("other latents", f"{found}, where the index says {shape} {about.dtype}")
+    states = {name: one for name, one in tensors.items() if name != "latents"}
+    if set(states) != {f"text.{name}" for name in about.text}:
+        raise BadSample("other latents", f"it has {sorted(states)}, where the index says text {sorted(about.text)}")
     for name, stored in about.text.items():
-        states = tensors[f"text.{name}"]
-        right = states.ndim == 2 and len(states) <= stored.length and states.shape[1] == stored.dim
-        if not right or states.dtype != DTYPES[stored.dtype]:
-            raise BadSample("other latents", f"text.{name} is {tuple(states.shape)} {states.dtype}")
-        tokens[name] = states
-    return tokens
+        dtype, size, *_ = states[f"text.{name}"]
+        if dtype != DTYPES[stored.dtype] or len(size) != 2 or size[0] > stored.length or size[1] != stored.dim:
+            raise BadSample("other latents", f"text.{name} is {size} {dtype}")
+
+
+Read = Callable[[memoryview, int], None]  # fill a buffer with a member's bytes from a place on
 
 
 class Layout:
     """Where the samples of a batch lie in one block of memory, so that a worker can fill them in: of each sample the
-    number of tokens of each encoder, the latents, and each encoder's states in room for the longest caption."""
+    number of tokens of each encoder, the latents, and each encoder's states in room for the longest caption, where
+    anything may lie behind the last token."""
 
     def __init__(self, about: Latents, bucket: Bucket) -> None:
         self.shape = about.shape(bucket.frames, bucket.height, bucket.width)
-        self.text = about.text
+        self.about, self.text = about, about.text
         self._parts: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}  # begin, end, type and shape
         self.bytes = 0  # a sample
         self._add("counts", torch.int64, (len(about.text),))
@@ -140,12 +188,37 @@ class Layout:
         count = len(memory) // self.bytes
         return memory.view(count, self.bytes)[:, begin:end].view(dtype).view(count, *shape)
 
-    def fill(self, memory: torch.Tensor, n: int, latents: torch.Tensor, tokens: Tokens) -> None:
-        """Put in sample ``n``."""
-        self._part(memory, "latents")[n] = latents
-        for place, name in enumerate(self.text):
-            self._part(memory, "counts")[n, place] = len(tokens[name])
-            self._part(memory, f"text.{name}")[n, : len(tokens[name])] = tokens[name]
+    def fill(self, memory: torch.Tensor, n: int, size: int, read: Read, *, verify: bool = False) -> int:
+        """Put in sample ``n``, a member of ``size`` bytes.
+
+        Returns:
+            ``check_of`` the member, if ``verify``; else nothing of use.
+
+        Raises:
+            BadSample: it is not as the index says.
+        """
+        head = np.empty(min(size, HEAD), np.uint8)
+        read(head.data, 0)
+        begin = 8 + int.from_bytes(head[:8], "little")
+        if not 8 < begin <= min(size, MOST):
+            raise BadSample("no safetensors", f"a header of {begin - 8} bytes in {size}")
+        if begin > len(head):
+            head = np.empty(begin, np.uint8)
+            read(head.data, 0)
+        tensors = _header(head[8:begin].tobytes())
+        if size != begin + sum(one.bytes for one in tensors.values()):
+            raise BadSample("no safetensors", f"its tensors do not have {size - begin} bytes")
+        _refuse_others(tensors, self.about, self.shape)
+        place = memory.numpy()[n * self.bytes : (n + 1) * self.bytes]
+        total = _sum(head[:begin], 0)
+        for name, one in tensors.items():
+            for at in range(0, one.bytes, CHUNK):
+                part = place[self._parts[name][0] :][at : min(at + CHUNK, one.bytes)]
+                read(part.data, begin + one.begin + at)
+                total += _sum(part, begin + one.begin + at) if verify else 0
+        for at, name in enumerate(self.text):
+            self._part(memory, "counts")[n, at] = tensors[f"text.{name}"].shape[0]
+        return total % 2**64
 
     def clear(self, memory: torch.Tensor, n: int) -> None:
         """Make a hole of sample ``n``."""

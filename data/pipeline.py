@@ -1,9 +1,10 @@
 """The resumable loader: which samples a step trains on, and how they reach this rank.
 
-The order is a pure function. Of a bucket's stream, global sample number g is sample g % M of epoch g // M, M being
-the bucket's samples. A step takes the next G = batch_size numbers of one bucket; rank r of W takes the r-th of W equal
-parts of them, cut into micro-batches. So the whole state is how many samples of each bucket were consumed: ranks,
-workers and restarts change who decodes a sample, never which samples a step sees.
+Each bucket has its samples (``data.buckets.assign``), and their order is a pure function. Of a bucket's stream,
+global sample number g is sample g % M of epoch g // M, M being the bucket's samples. A step takes the next
+G = batch_size numbers of one bucket; rank r of W takes the r-th of W equal parts of them, cut into micro-batches. So
+the whole state is how many samples of each bucket were consumed: ranks, workers and restarts change who decodes a
+sample, never which samples a step sees.
 
 Shapes: B samples of a micro-batch, F frames, H height, W width; M samples of a bucket, N of the index.
 """
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,19 +24,20 @@ import psutil
 from data.batch import Batch, Bucket
 from data.buckets import (
     Ints,
-    Mask,
+    assign,
     bucket_of_step,
-    eligible,
     epoch_order,
     split,
     starts,
     stream_seed,
 )
+from data.counts import why_empty
 from data.latents import refuse_other_buckets
 from data.shards import Index
 from data.workers import PADDING, Hole, Job, decode, sample_bytes
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import LocalError, UserError
+from lingen.stage_config import multiple_hint
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,19 @@ class StageLoader:
                 raise UserError(
                     f"stage {stage.name}: bucket {bucket} has batch_size={bucket.batch_size}, which is not a multiple "
                     f"of {world} ranks * engine.grad_accumulation={grad_accumulation}"
+                    f"{multiple_hint(stage, world * grad_accumulation)}"
                 )
         refuse_other_buckets(index, [stage])
         train, _ = split(index, data.holdout_share)
-        self._streams = [_Stream(index, bucket, train, stage, data, seed) for bucket in stage.buckets]
+        assigned = assign(index, stage, data).rows
+        self._streams = []
+        for bucket in stage.buckets:
+            rows = assigned[str(bucket)]
+            members = rows[train[rows]]  # (M,)
+            if not len(members):
+                why = why_empty(index, stage, bucket, data)
+                raise UserError(f"stage {stage.name}: bucket {bucket} is empty: {why}")
+            self._streams.append(_Stream(index, bucket, members, stage, data, seed))
         _check_memory(index, stage, data, world * grad_accumulation)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -173,16 +184,11 @@ class _Stream:
     """The endless sequence of samples of one bucket, epoch after epoch."""
 
     def __init__(
-        self, index: Index, bucket: BucketConfig, train: Mask, stage: StageConfig, data: DataConfig, seed: int
+        self, index: Index, bucket: BucketConfig, members: Ints, stage: StageConfig, data: DataConfig, seed: int
     ) -> None:
         self.bucket, self.fps = bucket, stage.fps
         self.shape = shape_of(bucket)
-        fits = eligible(index, self.shape, fps=stage.fps, data=data)
-        self.members = fits[train[fits]]  # (M,)
-        if not len(self.members):
-            raise UserError(
-                f"stage {stage.name}: bucket {bucket} is empty: {_why_empty(index, self.shape, stage.fps, data)}"
-            )
+        self.members = members  # (M,)
         self._shards, self._window = index.shard, data.window_shards
         self._seed = stream_seed(seed, stage.name, str(bucket))
         self._orders: dict[int, Ints] = {}  # epoch -> (M,); the two that a batch may span
@@ -201,30 +207,6 @@ class _Stream:
         return self._orders[epoch]
 
 
-class BucketCount(NamedTuple):
-    """Samples that can fill a bucket."""
-
-    train: int
-    holdout: int
-
-
-def check_buckets(index: Index, stages: Sequence[StageConfig], data: DataConfig) -> dict[str, dict[str, BucketCount]]:
-    """For each stage and each of its buckets, by name: how many samples there are to train and to validate on.
-
-    Raises:
-        UserError: the samples are latents, and a bucket is not one that they were made for.
-    """
-    refuse_other_buckets(index, stages)
-    train, holdout = split(index, data.holdout_share)
-    counts: dict[str, dict[str, BucketCount]] = {}
-    for stage in stages:
-        fits = {str(b): eligible(index, shape_of(b), fps=stage.fps, data=data) for b in stage.buckets}
-        counts[stage.name] = {
-            name: BucketCount(int(train[rows].sum()), int(holdout[rows].sum())) for name, rows in fits.items()
-        }
-    return counts
-
-
 def shape_of(bucket: BucketConfig) -> Bucket:
     """What a batch knows of a configured bucket."""
     return Bucket(bucket.frames, bucket.height, bucket.width)
@@ -232,8 +214,8 @@ def shape_of(bucket: BucketConfig) -> Bucket:
 
 def holdout_batches(
     index: Index,
+    stage: StageConfig,
     bucket: BucketConfig,
-    fps: float,
     data: DataConfig,
     *,
     limit: int,
@@ -242,7 +224,8 @@ def holdout_batches(
     world: int,
     bad_log: Path | None = None,
 ) -> Iterator[Batch]:
-    """A bucket's fixed validation set: the first ``limit`` held-out samples by the hash of their key, in that order.
+    """The fixed validation set of one of the stage's buckets: its first ``limit`` held-out samples by the hash of their
+    key, in that order.
 
     The window lies in the middle of each clip. ``positions`` are the places in the set; rank r has r, r + W, r + 2W ...
     Every rank gets equally many and equally large batches: where the set does not divide, holes fill it up (their
@@ -250,13 +233,12 @@ def holdout_batches(
     and who validates must look at ``Batch.lost``. Empty where nothing is held out.
     """
     _, holdout = split(index, data.holdout_share)
-    shape = shape_of(bucket)
-    fits = eligible(index, shape, fps=fps, data=data)
-    rows = fits[holdout[fits]]  # (M,)
+    shape, rows = shape_of(bucket), assign(index, stage, data).rows[str(bucket)]
+    rows = rows[holdout[rows]]  # (M,)
     rows = rows[np.argsort(index.key_hash[rows], kind="stable")][:limit]
     rows = np.concatenate([rows, np.full(-len(rows) % world, PADDING)])[rank::world]
     jobs = (
-        Job(shape, fps, part, np.full(len(part), 0.5), rank + world * np.arange(at, at + len(part)))
+        Job(shape, stage.fps, part, np.full(len(part), 0.5), rank + world * np.arange(at, at + len(part)))
         for at in range(0, len(rows), batch_size)
         for part in [rows[at : at + batch_size]]
     )
@@ -274,19 +256,3 @@ def _check_memory(index: Index, stage: StageConfig, data: DataConfig, parts: int
             f"data.workers={data.workers} * data.prefetch={data.prefetch} micro-batches of {largest >> 20} MiB do not "
             f"fit into memory ({free >> 20} MiB free): lower data.prefetch or data.workers"
         )
-
-
-def _why_empty(index: Index, bucket: Bucket, fps: float, data: DataConfig) -> str:
-    held_out = len(eligible(index, bucket, fps=fps, data=data))
-    if held_out:
-        return (
-            f"all {held_out} samples that fit are held out; lower data.holdout_share={data.holdout_share}, or add some"
-        )
-    if bucket.frames == 1:
-        return f"{index.path} has no images; add some, or set data.video_frames_as_images=true to take frames of videos"
-    videos = index.frames > 1
-    longest = ((index.frames[videos] - 1) / index.fps[videos]).max(initial=0.0)
-    return (
-        f"{bucket.frames} frames at fps={fps:g} need {(bucket.frames - 1) / fps:.2f} s of footage, and the longest of "
-        f"{int(videos.sum())} videos in {index.path} has {longest:.2f} s"
-    )

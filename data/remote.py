@@ -71,7 +71,7 @@ class Source:
         """A small file.
 
         Raises:
-            Unreachable: also after some pauses.
+            Unreachable: there is none, or it cannot be brought, also after some pauses.
         """
         problem = ""
         for pause in (0.0, *PAUSES):
@@ -89,6 +89,8 @@ class Source:
                 return content
             except Exception as error:
                 problem = _what(error)
+                if isinstance(error, FileNotFoundError):
+                    break
         raise Unreachable(f"{shown(self.url(name))}: {problem}")
 
     def download(self, name: str, size: int, to: Path) -> None:
@@ -182,12 +184,6 @@ def _filesystem(scheme: str, _process: int) -> Any:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
-
-
-def _output(command: list[str]) -> bytes:
-    """What a command writes."""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, timeout=TIMEOUT_S)
-    return done.stdout
 
 
 def _run(command: list[str], to: Path, size: int) -> int:

@@ -10,12 +10,12 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,19 @@ from lingen.files import write_file
 PLAN = "precompute.json"  # in a folder of latents: what is to be written there
 # Seconds before a read is tried again: a file server may be away for a moment.
 PAUSES = (0.1, 0.4, 1.6)
+T = TypeVar("T")
 
 
 class LostShard(UserError):
     """A shard that is gone, cut or on a disk that fails, as opposed to one with damaged samples (``BadSample``)."""
+
+
+class Footage(NamedTuple):
+    """Of each sample the clip that it is; of latents, the clip that they were made of. An image has 0 seconds."""
+
+    seconds: npt.NDArray[np.float64]  # (N,) from the first frame to the last
+    height: npt.NDArray[np.int64]  # (N,)
+    width: npt.NDArray[np.int64]  # (N,)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,15 @@ class Index:
     @cached_property
     def shard_paths(self) -> list[Path]:
         return [self.root / name for name in self.shards]
+
+    @cached_property
+    def footage(self) -> Footage:
+        """What decides which bucket a sample belongs in."""
+        if self.latents is not None:
+            seconds, height, width = np.array(self.latents.sources, dtype=np.float64).T
+            return Footage(seconds, height.astype(np.int64), width.astype(np.int64))
+        still = self.frames == 1
+        return Footage((self.frames - 1) / np.where(still, 1.0, self.fps), self.height, self.width)
 
     @cached_property
     def key_hash(self) -> npt.NDArray[np.uint64]:
@@ -116,6 +134,8 @@ def load_index(path: str | Path) -> Index:
     samples = index.samples
     if not samples.begin and not samples.end:
         samples.begin, samples.end = [0.0] * len(samples.key), [0.0] * len(samples.key)
+    if (index.root or "").startswith("pipe:"):
+        raise UserError(f"data.path={folder}: {INDEX} names a command as its root; only data.path may name one")
     base = index.root or (home.base if home else None)
     source = Source(base) if base is not None and is_remote(base) else None
     root = Path(shown(source.base) if source else base or folder)
@@ -161,8 +181,8 @@ def _check(folder: Path, root: Path | None, index: IndexFile) -> None:
     count = len(samples.key)
     if any(len(getattr(samples, name)) != count for name in type(samples).model_fields):
         raise UserError(f"{where}: {INDEX} is damaged (its columns have different lengths); write the shards again")
-    if index.latents is not None and len(index.latents.checks) != count:
-        raise UserError(f"{where}: {INDEX} is damaged (it has not one check a sample); write the latents again")
+    if index.latents is not None and not len(index.latents.checks) == len(index.latents.sources) == count:
+        raise UserError(f"{where}: {INDEX} is damaged (it has not one check and one source a sample); write it again")
     if not count:
         raise UserError(f"{where}: {INDEX} lists no sample; write the shards again from a folder with clips")
     for shard in index.shards:
@@ -221,24 +241,52 @@ def read_beside(index: Index, name: str) -> bytes:
 
 
 def _read(index: Index, i: int) -> bytes:
-    shard, size, offset = int(index.shard[i]), int(index.bytes[i]), int(index.offset[i])
-    path, problem = index.shard_paths[shard], ""
+    size = int(index.bytes[i])
+
+    def whole(handle: int, offset: int) -> bytes:
+        media = os.pread(handle, size, offset)
+        _check_end(offset, len(media), size)
+        return media
+
+    return from_shard(index, i, whole)
+
+
+def from_shard(index: Index, i: int, read: Callable[[int, int], T]) -> T:
+    """What ``read(handle, offset)`` gives, with sample ``i``'s shard and its media's place there. Where it raises an
+    OSError, it is called again after some pauses.
+
+    Raises:
+        LostShard: it raised one each time, or the shard cannot be opened.
+    """
+    shard, problem = int(index.shard[i]), ""
+    path = index.shard_paths[shard]
     for attempt, pause in enumerate((0.0, *PAUSES)):
         if attempt == 1:
             print(f"{path}: {problem}; trying again for {sum(PAUSES):.1f} s", file=sys.stderr, flush=True)
-        time.sleep(pause)
+        if pause:  # a sleep of none lets others go first
+            time.sleep(pause)
         try:
             with path.open("rb", buffering=0) if index.shelf is None else index.shelf.open(shard) as stream:
-                media = os.pread(stream.fileno(), size, offset)
+                return read(stream.fileno(), int(index.offset[i]))
         except Unreachable as error:  # that took its own pauses
             raise LostShard(f"shard cannot be read: {error}") from error
         except OSError as error:
             problem = error.strerror or str(error)
-            continue
-        if len(media) == size:
-            return media
-        problem = f"it was cut: it ends at byte {offset + len(media)}, inside a sample that ends at {offset + size}"
     raise LostShard(f"shard {path} cannot be read: {problem}")
+
+
+def read_at(handle: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer with what a file has at a place.
+
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    _check_end(offset, os.preadv(handle, [buffer], offset), len(buffer))
+
+
+def _check_end(offset: int, count: int, wanted: int) -> None:
+    if count < wanted:
+        raise OSError(f"it was cut: it ends at byte {offset + count}, inside a sample that ends at {offset + wanted}")
 
 
 def write_shards(

@@ -147,6 +147,7 @@ class Shelf:
                     break
                 if file != part and self._remove(file):
                     left -= stat.st_size
+            part.unlink(missing_ok=True)  # a command whose reader was killed may still write to that file
             with part.open("wb") as stream:
                 stream.truncate(size)
 

@@ -12,11 +12,14 @@ import importlib.util
 import io
 import struct
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -26,8 +29,12 @@ from av.video.reformatter import VideoReformatter
 Frames = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]  # (F, H, W, 3)
 Times = np.ndarray[tuple[int, ...], np.dtype[np.float64]]  # (F,) seconds, ascending
 Decoder = Literal["decord", "pyav"]
+T = TypeVar("T")
 
-CHUNK_BYTES = 32 << 20  # pixels that are held at full resolution at a time
+AHEAD = 4  # frames that are decoded while one before them is converted
+# Containers that hold their streams. FFmpeg knows others, that name files and servers to read from (concat, hls, sdp).
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
+CHUNK_BYTES = 32 << 20  # pixels that decord holds at full resolution at a time; PyAV holds one picture
 # A frame of these that is no reference is skipped unless it is wanted. (HEVC's may serve higher temporal layers.)
 SKIPPABLE = ("h264", "mpeg2video", "mpeg4")
 # Eight bits a component; in the others decord rounds and interpolates colours in another way.
@@ -122,24 +129,42 @@ class Video:
             return  # PyAV goes on
 
     def _pyav(self, indices: list[int]) -> Iterator[Piece]:
-        """From the key frame before the first; where seeking misses it, from the one before that or from the start."""
-        key = bisect_right([key.stamp for key in self.keys], self.stamps[indices[0]]) - 1
-        done, held, size = 0, [], max(1, CHUNK_BYTES // self.picture_bytes)
-        for start in [*(at for at in (key, key - 1) if at >= 0), None]:
-            for picture in self._decode_from(start, indices[done:]):
-                done += 1
-                held.append(picture)
-                if len(held) == size or done == len(indices):
-                    yield Piece(np.stack([pixels for pixels, _ in held]), held[0].aspect)
-                    held = []
-            if done == len(indices):
-                return
-        raise BadSample("cannot be decoded", f"no frame at {float(self.stamps[indices[done]] * self.base):.3f} s")
+        """From the key frame before each run; where seeking misses it, from the one before that, or all that is left
+        from the start."""
+        done, reformatter = 0, VideoReformatter()  # keeps its tables from frame to frame
+        while done < len(indices):
+            key, end = self._run(indices, done)
+            for start in [*(at for at in (key, key - 1) if at >= 0), None]:
+                run = indices[done : end if start is not None else len(indices)]
+                for frame, times in _ahead(self._decode_from(start, run)):
+                    piece = _upright(frame, self.aspect, reformatter)
+                    for _ in range(times):
+                        done += 1
+                        yield piece
+                if done >= end:
+                    break
+            else:
+                missing = float(self.stamps[indices[done]] * self.base)
+                raise BadSample("cannot be decoded", f"no frame at {missing:.3f} s")
 
-    def _decode_from(self, start: int | None, indices: list[int]) -> Iterator[Piece]:
-        """Pictures (H, W, 3), until one is missing; ``start`` is the place of a key frame, None the file's start."""
-        needed, wanted = {self.stamps[i] for i in indices}, iter(indices)
-        index, reformatter = next(wanted), VideoReformatter()  # keeps its tables from frame to frame
+    def _run(self, indices: list[int], first: int) -> tuple[int, int]:
+        """The key frame to decode from (-1: none), and the end of the frames from ``first`` on that lie so close
+        together that no whole group of pictures between two of them would be decoded for nothing."""
+        begin = at = self._key_before(indices[first])
+        for end in range(first + 1, len(indices)):
+            before, at = at, self._key_before(indices[end])
+            if at > before + 1:
+                return begin, end
+        return begin, len(indices)
+
+    def _key_before(self, index: int) -> int:
+        return bisect_right(self.keys, self.stamps[index], key=lambda key: key.stamp) - 1
+
+    def _decode_from(self, start: int | None, indices: list[int]) -> Iterator[tuple[av.VideoFrame, int]]:
+        """The frames, and how often each is wanted, until one is missing; ``start`` is the place of a key frame, None
+        the file's start."""
+        wanted = Counter(self.stamps[i] for i in indices)  # in their order
+        needed = set(wanted)
         with nullcontext(self.container) if start is not None else open_media(self.media) as container:
             stream = container.streams[self.stream]
             if start is not None:
@@ -148,16 +173,42 @@ class Video:
             for frame in _decode(container, stream, set() if self.counted else needed):
                 stamp = self.stamps[min(place, len(self.stamps) - 1)] if self.counted else frame.pts
                 place += 1
-                if stamp is None or stamp < self.stamps[index]:
+                following = next(iter(wanted))
+                if stamp is None or stamp < following:
                     continue
-                if stamp > self.stamps[index]:
+                if stamp > following:
                     return
-                picture = _upright(frame, self.aspect, reformatter)
-                while stamp == self.stamps[index]:
-                    yield picture
-                    index = next(wanted, -1)
-                    if index < 0:
-                        return
+                yield frame, wanted.pop(following)
+                if not wanted:
+                    return
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, made in a thread beside the one that uses them, at most ``AHEAD`` too early."""
+    made: SimpleQueue[T | Exception | None] = SimpleQueue()
+    room: SimpleQueue[bool] = SimpleQueue()
+
+    def make() -> None:
+        try:
+            while room.get() and (item := next(items, None)) is not None:
+                made.put(item)
+            made.put(None)
+        except Exception as error:
+            made.put(error)
+
+    thread = Thread(target=make)
+    thread.start()
+    try:
+        for _ in range(AHEAD):
+            room.put(True)
+        while (item := made.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            room.put(True)
+    finally:
+        room.put(False)
+        thread.join()
 
 
 def _decode(container: Any, stream: Any, needed: set[int]) -> Iterator[av.VideoFrame]:
@@ -170,25 +221,25 @@ def _decode(container: Any, stream: Any, needed: set[int]) -> Iterator[av.VideoF
 
 
 def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter) -> Piece:
-    """(H, W, 3) as it is to be shown, and its pixels' aspect.
+    """(1, H, W, 3) as it is to be shown, and its pixels' aspect.
 
     An interlaced frame holds two moments; the lines of the second are replaced by those of the first.
     """
-    pixels: Frames = reformatter.reformat(frame, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
+    pixels: Frames = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray().astype(np.uint8, copy=False)
     if frame.interlaced_frame:
         pixels[1::2] = pixels[0 : len(pixels) // 2 * 2 : 2]
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
-        return Piece(pixels, aspect)
+        return Piece(pixels[None], aspect)
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # x' = ax + cy, y' = bx + dy
     if abs(a) + abs(d) >= abs(b) + abs(c):
-        return Piece(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1], aspect)
-    return Piece(pixels.transpose(1, 0, 2)[:: -1 if b < 0 else 1, :: -1 if c < 0 else 1], 1 / aspect)
+        return Piece(pixels[None, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1], aspect)
+    return Piece(pixels.transpose(1, 0, 2)[None, :: -1 if b < 0 else 1, :: -1 if c < 0 else 1], 1 / aspect)
 
 
 def open_media(media: bytes) -> av.container.InputContainer:
     """Workers are processes already: no threads. A title or an author need not be UTF-8."""
-    container = av.open(io.BytesIO(media), metadata_errors="replace")
+    container = av.open(io.BytesIO(media), metadata_errors="replace", options={"format_whitelist": FORMATS})
     for stream in container.streams.video:
         stream.thread_type = "NONE"
     return container
@@ -207,11 +258,14 @@ def open_video(media: bytes) -> Iterator[Video]:
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
             raise BadSample("no video", "there is no video stream")
+        if streams[0].codec_context is None:
+            raise BadSample("cannot be decoded", "its codec is not known")
         stream, codec, name = streams[0], streams[0].codec_context, container.format.name
-        packets, plain, stamps, keys = 0, len(container.streams.video) == 1, [], []
+        packets, plain, stamps, keys, moments = 0, len(container.streams.video) == 1, [], [], [0]
         for packet in container.demux(stream):
             if not packet.size:
                 continue
+            moments.append(packet.dts or 0)
             if packet.is_keyframe and packet.pts is not None:
                 early = packet.pts if name.startswith("mov") or packet.dts is None else min(packet.pts, packet.dts)
                 keys.append(Key(packet.pts, early, packets))
@@ -224,8 +278,10 @@ def open_video(media: bytes) -> Iterator[Video]:
                 plain = False
         if not packets:
             raise BadSample("no frames")
-        if packets < stream.frames:
-            raise BadSample("truncated", f"{packets} of {stream.frames} frames")
+        # An AVI counts moments: a frame that is shown for several has one packet.
+        reached = packets if name != "avi" else moments[-1] + max(1, int(np.diff(moments).max()))
+        if reached < stream.frames:
+            raise BadSample("truncated", f"{reached} of {stream.frames} frames")
         if not stamps:
             raise BadSample("no timestamps")
         yield Video(
@@ -250,13 +306,14 @@ def _pixel_aspect(ratio: Fraction | None) -> float:
 def _suits_decord(media: bytes, container: str, codec: av.VideoCodecContext) -> bool:
     """Whether decord is known to give the frames that PyAV gives.
 
-    It mistakes frames in MPEG-TS and the times in AVI, rounds 10 bits and odd sizes in another way, converts interlaced
-    colours, and does not turn by every matrix; AV1 it cannot read.
+    It mistakes frames in MPEG-TS and around key frames side by side in fragments, and the times in AVI, rounds 10 bits
+    and odd sizes in another way, converts interlaced colours, and does not turn by every matrix; AV1 it cannot read.
     """
     halved = {"yuv420p": 2, "yuv422p": 1, "yuvj420p": 2, "yuvj422p": 1}.get(codec.pix_fmt or "", 0)
     odd = (halved >= 1 and codec.width % 2) or (halved >= 2 and codec.height % 2)
     return (
         container.startswith("mov,mp4")
+        and b"moof" not in media  # the box of a fragment
         and codec.name in DECORD_CODECS
         and codec.pix_fmt in DECORD_FORMATS
         and not odd

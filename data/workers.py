@@ -9,17 +9,18 @@ import atexit
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from weakref import WeakSet
 
 import numpy as np
 import torch
 
 from data.batch import Batch, Bucket, States
+from data.blocks import SPARE, Block, Blocks
 from data.buckets import Floats, Ints
-from data.decode import decode_clip
-from data.keeper import Keeper, Memory, Outcome, WorkerError, make
-from data.latents import Layout, read_latents
+from data.decode import decode_into
+from data.keeper import Keeper, Outcome, WorkerError, make
+from data.latents import Layout, read_into
 from data.shards import Index, LostShard, read_member
 from data.shelf import ReadAhead, Shelf
 from lingen.config import DataConfig
@@ -116,19 +117,20 @@ def _without_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Bat
 
 def _with_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batches:
     """Job n goes to keeper n modulo their number; each has ``data.prefetch`` jobs ahead."""
-    keepers = [Keeper(partial(_work_on(index), index, data), data.worker_memory_mb) for _ in range(data.workers)]
-    waiting: deque[tuple[Keeper[Job], Job, Memory]] = deque()
+    work, blocks, room = partial(_work_on(index), index, data), Blocks(), data.workers * data.prefetch + 2 * SPARE
+    keepers = [Keeper(work, data.worker_memory_mb, room) for _ in range(data.workers)]
+    waiting: deque[tuple[Keeper[Job], Job, Block]] = deque()
 
     def send(keeper: Keeper[Job], job: Job) -> None:
-        memory = Memory(_bytes(index, job))
-        waiting.append((keeper, job, memory))
-        keeper.send(job, _places(job), memory)
+        block = blocks.take(_bytes(index, job))
+        waiting.append((keeper, job, block))
+        keeper.send(job, _places(job), block, _bytes(index, job))
 
     try:
         for keeper, job in zip(keepers * data.prefetch, jobs, strict=False):
             send(keeper, job)
         while waiting:
-            keeper, job, memory = waiting[0]
+            keeper, job, block = waiting[0]
             outcomes: dict[int, Outcome] | LostShard
             try:
                 outcomes = keeper.receive()
@@ -138,14 +140,13 @@ def _with_workers(index: Index, data: DataConfig, jobs: Iterator[Job]) -> Batche
             following = next(jobs, None)
             if following is not None:
                 send(keeper, following)
-            filled = memory.tensor()
-            memory.close()
-            yield _batch(index, job, filled, outcomes)
+            yield _batch(index, job, blocks.lend(block, _bytes(index, job)), outcomes)
     finally:
         for keeper in keepers:
             keeper.close()
-        for _, _, memory in waiting:
-            memory.close()
+        for _, _, block in waiting:
+            block.drop()
+        blocks.close()
 
 
 def _places(job: Job) -> list[int]:
@@ -165,14 +166,14 @@ def sample_bytes(index: Index, shape: Bucket) -> int:
 
 def _work_on(index: Index) -> Callable[[Index, DataConfig, Job, int, torch.Tensor], None]:
     """How to make a sample."""
-    return _read_sample if index.latents else _decode_sample
+    return partial(_read_sample, cache(partial(Layout, index.latents))) if index.latents else _decode_sample
 
 
-def _read_sample(index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor) -> None:
+def _read_sample(
+    layout: Callable[[Bucket], Layout], index: Index, data: DataConfig, job: Job, n: int, memory: torch.Tensor
+) -> None:
     """As ``_decode_sample``, from latents."""
-    latents, tokens = read_latents(index, int(job.rows[n]), verify=data.verify_checksums)
-    assert index.latents is not None
-    Layout(index.latents, job.bucket).fill(memory, n, latents, tokens)
+    read_into(memory, n, index, int(job.rows[n]), layout(job.bucket), verify=data.verify_checksums)
 
 
 def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: torch.Tensor) -> None:
@@ -183,18 +184,16 @@ def _decode_sample(index: Index, data: DataConfig, job: Job, n: int, pixels: tor
         LostShard: its shard cannot be read.
     """
     row, shape = int(job.rows[n]), job.bucket
-    clip = decode_clip(
+    clips = pixels.view(len(job.rows), 3, shape.frames, shape.height, shape.width)
+    decode_into(
+        clips[n],
         read_member(index, row, verify=data.verify_checksums),
-        frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
         fps=job.fps,
         start=float(job.starts[n]),
         begin=float(index.begin[row]),
         end=float(index.end[row]),
         decoder=data.decoder,
     )
-    pixels.view(len(job.rows), *clip.shape)[n] = clip
 
 
 def _batch(
@@ -220,12 +219,14 @@ def _content(
 ) -> tuple[torch.Tensor, torch.Tensor | None, States | None]:
     """The pixels, the latents and the states of a batch, in its memory; holes are emptied."""
     count, shape = len(job.rows), job.bucket
+    holes = torch.nonzero(~valid).flatten().tolist()  # what is no hole is not touched here
     if index.latents is None:
         pixels = memory.view(count, 3, shape.frames, shape.height, shape.width)
-        pixels[~valid] = GREY
+        for n in holes:
+            pixels[n] = GREY
         return pixels, None, None
     layout = Layout(index.latents, shape)
-    for n in torch.nonzero(~valid).flatten().tolist():
+    for n in holes:
         layout.clear(memory, n)
     none = torch.empty(count, 3, 0, shape.height, shape.width, dtype=torch.uint8)
     return none, *layout.read(memory)

@@ -51,7 +51,7 @@ def refuse_disagreement(config: RunConfig, index_fingerprint: str, frozen: Mappi
         who = listed([f"rank {rank} ({everyone[rank]['host']})" for rank in ranks], "ranks")
         what = listed(differences(shown[0][kind], shown[ranks[0]][kind]), "differences")
         problems.append(f"{who}: another {kind} than {first}: {what}")
-    raise UserError(f"{'; '.join(problems)}; start all ranks from one checkout, environment, data and autoencoder")
+    raise UserError(f"{'; '.join(problems)}; start all ranks from one checkout, environment, data and frozen networks")
 
 
 def tables_of(config: RunConfig, index_fingerprint: str, frozen: Mapping[str, str]) -> dict[str, Table]:

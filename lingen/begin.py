@@ -223,14 +223,22 @@ def bad_log(config: RunConfig, dist: Dist) -> Path | None:
 
 
 def refuse_other_data(there: Checkpoint, stage: StageConfig, path: str, index: Index) -> None:
-    """In the middle of a stage the position is a place in an order of these very samples, at this rate.
+    """In the middle of a stage the position is a place in an order of these very samples, at this rate, among these
+    buckets.
 
     Raises:
-        UserError: the shards changed since the checkpoint, or the rate, which decides what is long enough.
+        UserError: the shards changed since the checkpoint, or the rate, which decides what is long enough, or the
+            buckets, which decide together whose a sample is.
     """
     if there.progress["fps"] != stage.fps:
         raise UserError(
             f"stages.{stage.name}.fps={stage.fps:g}, but {there.folder} is amid that stage at {there.progress['fps']:g}"
+        )
+    earlier, now = there.progress["buckets"], list(map(str, stage.buckets))
+    if earlier != now:
+        raise UserError(
+            f"stages.{stage.name}.buckets are {', '.join(now)}, but {there.folder} is amid that stage with "
+            f"{', '.join(earlier)}, which decide together whose a sample is"
         )
     before = there.progress["data_fingerprint"]
     if before != index.fingerprint:

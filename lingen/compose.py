@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from lingen.config import Config
 from lingen.errors import UserError, nearest
 
+HELP = {"-h", "--help"}
 OPTIONAL = ("stage", "experiment", "debug")  # groups that may be null
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -104,7 +106,11 @@ def _with_stages(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 def parse(schema: type[Schema], words: list[str]) -> Schema:
     """Validate a script's ``key=value`` words. Values are read as YAML, so ``runs=[a,b]`` is a list; but text stays
-    text where the schema asks for it, so that a prompt may hold any character."""
+    text where the schema asks for it, so that a prompt may hold any character. ``--help`` prints what the script is for
+    and its words, and ends it."""
+    if HELP & set(words):
+        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\nwords, with their defaults:\n{_words_of(schema)}")
+        raise SystemExit(0)
     tree: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -119,6 +125,14 @@ def parse(schema: type[Schema], words: list[str]) -> Schema:
         except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date, and is none
             raise UserError(f"{key}={value} cannot be read: {error}") from error
     return validate(schema, tree)
+
+
+def _words_of(schema: type[BaseModel]) -> str:
+    """A line for each key of a script: its default, or that it must be given."""
+    return "\n".join(
+        f"  {key}={'...' if field.is_required() else field.get_default(call_default_factory=True)}"
+        for key, field in schema.model_fields.items()
+    )
 
 
 def validate(schema: type[Schema], tree: Any) -> Schema:

@@ -1,14 +1,16 @@
 """The schema of a run: every key, its default and its bounds, once.
 
 The model's part is in ``lingen.model_config``, the latents' in ``lingen.autoencoder_config``, the text encoders' in
-``lingen.text_config``, that of keeping a run alive in ``lingen.operation_config``.
+``lingen.text_config``, the stages' in ``lingen.stage_config``, that of keeping a run alive in
+``lingen.operation_config``.
 
 Nothing else in the project sees a DictConfig; a value that is not in this file cannot be set.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable
+from math import prod
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -16,53 +18,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from lingen.autoencoder_config import AutoencoderConfig
 from lingen.model_config import KernelsConfig, ModelConfig, Name, PathText, Section, SizeConfig
 from lingen.operation_config import CheckpointConfig, GuardConfig, LoggerConfig, WatchdogConfig
+from lingen.stage_config import BucketConfig as BucketConfig
+from lingen.stage_config import CarryConfig as CarryConfig
+from lingen.stage_config import StageConfig as StageConfig
+from lingen.stage_config import multiple_hint, with_batches
 from lingen.text_config import TextConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class BucketConfig(Section):
-    """One shape that a stage trains on; ``batch_size`` counts the samples of a global batch over all ranks."""
-
-    frames: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
-    batch_size: PositiveInt
-    share: PositiveFloat = 1.0  # of the stage's steps, relative to the other buckets
-
-    def __str__(self) -> str:
-        return f"{self.frames}x{self.height}x{self.width}"
-
-
-class CarryConfig(Section):
-    """What a transfer brings into the stage from the checkpoint before it."""
-
-    weights: Literal["model", "ema"] = "model"
-    ema: Literal["carry", "fresh"] = "carry"
-    optimizer: Literal["carry", "fresh"] = "fresh"
-
-
-class StageConfig(Section):
-    """One step of the curriculum: what is trained, for how many samples, at which rate."""
-
-    name: Name
-    buckets: Annotated[list[BucketConfig], Field(min_length=1)]
-    samples: PositiveInt
-    lr: PositiveFloat
-    fps: PositiveFloat = 16.0
-    warmup_samples: Annotated[int, Field(ge=0)] = 0
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    final_lr_share: Share = 0.1  # of lr, at the end of a cosine
-    timestep_shift: PositiveFloat | None = None  # None: from the bucket's tokens (flow.*)
-    carry: CarryConfig = CarryConfig()
-
-    @model_validator(mode="after")
-    def _buckets_are_distinct(self) -> StageConfig:
-        for a, b in pairwise(sorted(map(str, self.buckets))):
-            if a == b:
-                raise ValueError(f"bucket {a} is listed twice; give it one entry with the summed share")
-        return self
 
 
 class DataConfig(Section):
@@ -203,16 +166,6 @@ class RunConfig(Section):
             raise ValueError(f"until={self.until} is none of the stages {', '.join(self.stages)}")
         return self
 
-    @model_validator(mode="after")
-    def _accumulation_divides(self) -> Self:
-        for key, bucket in ((key, bucket) for key, stage in self.stages.items() for bucket in stage.buckets):
-            if bucket.batch_size % self.engine.grad_accumulation:
-                raise ValueError(
-                    f"stages.{key}.buckets: bucket {bucket} has batch_size={bucket.batch_size}, which "
-                    f"engine.grad_accumulation={self.engine.grad_accumulation} does not divide"
-                )
-        return self
-
 
 class Config(RunConfig):
     """A run of train.py: a video model."""
@@ -273,7 +226,25 @@ class Config(RunConfig):
             for bucket in stage.buckets:
                 for problem in geometry_problems(self, bucket):
                     raise ValueError(f"stages.{key}.buckets: {problem}")
+        settle_batches(self, lambda b: prod(token_grid(self, b.frames, b.height, b.width)))
         return self
+
+
+def settle_batches(config: RunConfig, tokens: Callable[[BucketConfig], int]) -> None:
+    """Put the batch sizes that token budgets give into ``config.stages``; a part of its validation.
+
+    Raises:
+        ValueError: a budget gives none, or the accumulation does not divide a batch size.
+    """
+    accumulation = config.engine.grad_accumulation
+    for key, stage in config.stages.items():
+        config.stages[key] = with_batches(stage, tokens)
+        for bucket in config.stages[key].buckets:
+            if bucket.batch_size % accumulation:
+                raise ValueError(
+                    f"stages.{key}.buckets: bucket {bucket} has batch_size={bucket.batch_size}, which "
+                    f"engine.grad_accumulation={accumulation} does not divide{multiple_hint(stage, accumulation)}"
+                )
 
 
 def geometry_problems(config: Config, shape: BucketConfig) -> list[str]:

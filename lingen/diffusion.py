@@ -142,8 +142,9 @@ class DiffusionInputs:
         return f"kernels: {forms.describe(device, DTYPES[self.config.engine.dtype])}"
 
     def frozen(self) -> dict[str, str]:
-        """The autoencoder, which defines the latents."""
-        return {"autoencoder": self.autoencoder.fingerprint}
+        """The autoencoder, which defines the latents, and the text encoders."""
+        encoders = {f"text.encoders.{name}": found for name, found in self.text.fingerprints.items()}
+        return {"autoencoder": self.autoencoder.fingerprint, **encoders}
 
     def fingerprints(self) -> dict[str, Any]:
         """Of the data, the autoencoder and each text encoder."""

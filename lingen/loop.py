@@ -36,7 +36,7 @@ from lingen.dist import EXIT_PREEMPTED, Dist, StopSignal, find_place, init
 from lingen.errors import UserError
 from lingen.export import export_finished
 from lingen.lease import Lease
-from lingen.plan import make_plan, print_plan, refuse_impossible, refuse_too_large
+from lingen.plan import make_plan, print_plan, refuse_impossible, refuse_too_large, samples_of
 from lingen.records import counters, due, log_refused, log_return, log_transfer, log_validation, make_up
 from lingen.run import Run, finish_save, open_records, save, save_final
 from lingen.runfolder import refuse_other_experiment, run_folder
@@ -109,6 +109,8 @@ def prepare(config: RunConfig, dist: Dist) -> Inputs:
     plan = make_plan(todo, inputs.index, world=dist.world, device=dist.device.type)
     refuse_impossible(todo, plan, dist.data_world)
     dist.together(lambda: refuse_too_large(todo, plan, dist.device))
+    if dist.rank == 0:
+        print(*map(samples_of, plan.stages), sep="\n", flush=True)
     if plan.unknown and dist.rank == 0:
         print(f"whether it fits the device was not predicted: {plan.unknown}", file=sys.stderr)
     dist.together(lambda: refuse_other_experiment(config))

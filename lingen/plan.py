@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.pipeline import BucketCount, check_buckets
+from data.counts import BucketCount, check_buckets
 from data.shards import Index
 from lingen.config import BucketConfig, Config, RunConfig, StageConfig
 from lingen.curriculum import TRAIN_FLOPS, planned_steps
 from lingen.errors import UserError
 from lingen.memory import Memory
+from lingen.stage_config import multiple_hint
 from lingen.task import Task
 from lingen.tasks import task_of
 
@@ -32,8 +33,7 @@ class BucketPlan:
     bucket: BucketConfig
     tokens: int  # a sample
     steps: int
-    train_samples: int  # that the shards hold for it
-    holdout_samples: int
+    count: BucketCount  # of what the shards hold for it
     forward_flops: int  # a sample
 
 
@@ -44,6 +44,7 @@ class StagePlan:
     stage: StageConfig
     steps: int
     buckets: list[BucketPlan]
+    none: dict[str, int]  # samples in no bucket, by the reason
     memory: Memory | None  # of one rank, on the largest bucket; None where ``Plan.unknown`` says why
 
     @property
@@ -84,15 +85,14 @@ def make_plan(config: RunConfig, index: Index, *, world: int, device: str) -> Pl
         total, steps = planned_steps(stage)
         buckets = []
         for bucket, bucket_steps in zip(stage.buckets, steps, strict=True):
-            count: BucketCount = counts[stage.name][str(bucket)]
-            forward = task.forward_flops(bucket)
-            buckets.append(BucketPlan(bucket, task.tokens(bucket), bucket_steps, count.train, count.holdout, forward))
+            count, forward = counts[stage.name].buckets[str(bucket)], task.forward_flops(bucket)
+            buckets.append(BucketPlan(bucket, task.tokens(bucket), bucket_steps, count, forward))
         memory = None
         try:
             memory = stage_memory(config, task, largest_of(buckets), world, device)
         except Exception as error:  # of an unknown release of Triton, say: said, but no reason not to start
             unknown = f"{type(error).__name__}: {error}"
-        stages.append(StagePlan(stage, total, buckets, memory))
+        stages.append(StagePlan(stage, total, buckets, counts[stage.name].none, memory))
     return Plan(f"{task.name}, {task.shape}", task.parameters, stages, world, device, unknown)
 
 
@@ -119,13 +119,9 @@ def refuse_impossible(config: RunConfig, plan: Plan, world: int) -> None:
     for stage in plan.stages:
         for b in stage.buckets:
             where = f"stages.{stage.stage.name}.buckets: bucket {b.bucket}"
-            if not b.train_samples:
-                raise UserError(
-                    f"{where} is empty: no sample in data.path={config.data.path} can fill it at "
-                    f"fps={stage.stage.fps:g}; add longer clips{' or images' if b.bucket.frames == 1 else ''}, "
-                    "or take the bucket out"
-                )
-            if not b.holdout_samples and config.validation.every_steps:
+            if b.count.empty:
+                raise UserError(f"{where} is empty: {b.count.empty}")
+            if not b.count.holdout and config.validation.every_steps:
                 raise UserError(
                     f"{where} has no held-out sample to validate on; raise data.holdout_share="
                     f"{config.data.holdout_share:g} or set validation.every_steps=0"
@@ -133,7 +129,7 @@ def refuse_impossible(config: RunConfig, plan: Plan, world: int) -> None:
             if b.bucket.batch_size % parts:
                 raise UserError(
                     f"{where} has batch_size={b.bucket.batch_size}, which is not a multiple of {ranks} x "
-                    f"engine.grad_accumulation={config.engine.grad_accumulation}"
+                    f"engine.grad_accumulation={config.engine.grad_accumulation}{multiple_hint(stage.stage, parts)}"
                 )
 
 
@@ -188,8 +184,9 @@ def print_plan(config: RunConfig, plan: Plan) -> None:
         console.print(f"  not predicted: {plan.unknown}", soft_wrap=True, markup=False)
     for stage in plan.stages:
         for b in stage.buckets:
-            if not b.train_samples:
-                console.print(f"empty bucket: stages.{stage.stage.name} {b.bucket}: no sample can fill it")
+            if b.count.empty:
+                line = f"empty bucket: stages.{stage.stage.name} {b.bucket}: {b.count.empty}"
+                console.print(line, soft_wrap=True, markup=False)
 
 
 def print_training(console: Console, config: RunConfig, plan: Plan) -> None:
@@ -201,7 +198,7 @@ def print_training(console: Console, config: RunConfig, plan: Plan) -> None:
     for stage in plan.stages:
         for b in stage.buckets:
             samples = b.steps * b.bucket.batch_size
-            found = f"{b.train_samples:,}" if b.train_samples else "[red]empty[/red]"
+            found = f"{b.count.train:,}" if b.count.train else "[red]empty[/red]"
             pflops = TRAIN_FLOPS * samples * b.forward_flops / 1e15
             table.add_row(
                 stage.stage.name,
@@ -212,12 +209,26 @@ def print_training(console: Console, config: RunConfig, plan: Plan) -> None:
                 f"{b.steps:,}",
                 f"{samples:,}",
                 found,
-                f"{b.holdout_samples:,}",
+                f"{b.count.holdout:,}",
                 f"{pflops:.4g}",
             )
         table.add_section()
     console.print(table)
+    for stage in plan.stages:
+        if stage.none:
+            console.print(f"{stage.stage.name}: {in_no_bucket(stage.none)}", soft_wrap=True, markup=False)
     console.print(
         f"total: {sum(s.steps for s in plan.stages):,} steps, {sum(s.tokens for s in plan.stages):,} tokens, "
         f"{sum(s.flops for s in plan.stages) / 1e15:.4g} PFLOPs of training (3x forward)"
     )
+
+
+def samples_of(stage: StagePlan) -> str:
+    """How many samples each bucket of a stage has, in one line."""
+    each = ", ".join(f"{b.bucket} {b.count.train:,} (held out {b.count.holdout:,})" for b in stage.buckets)
+    return f"{stage.stage.name}: samples of {each}{'; ' if stage.none else ''}{in_no_bucket(stage.none)}"
+
+
+def in_no_bucket(none: dict[str, int]) -> str:
+    """How many samples a stage leaves out, and why; empty where there is none."""
+    return f"in no bucket: {'; '.join(f'{count:,} {reason}' for reason, count in none.items())}" if none else ""

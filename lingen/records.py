@@ -57,8 +57,8 @@ def log_validation(run: Run, stage: StageConfig, state: StageState, at: str) -> 
     def held_out(bucket: BucketConfig) -> Iterator[Batch]:
         return holdout_batches(
             run.inputs.index,
+            stage,
             bucket,
-            stage.fps,
             config.data,
             limit=config.validation.samples,
             batch_size=config.validation.batch_size,

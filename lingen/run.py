@@ -102,6 +102,7 @@ def start_save(run: Run, stage: StageConfig, state: StageState, *, final: bool) 
             "progress": progress.as_dict(),
             "position": state.loader.position.as_dict(),
             "fps": stage.fps,
+            "buckets": list(map(str, stage.buckets)),
             "lineage": state.lineage,
             "read": state.read,
             "bad": state.bad,

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from lingen.config import RunConfig, frames_problems, side_problems
+from lingen.config import BucketConfig, RunConfig, frames_problems, settle_batches, side_problems
 from lingen.model_config import PathText, Section
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -90,6 +90,7 @@ class TaeRunConfig(RunConfig):
                     problems += side_problems(axis, size, space, "2 to the levels of tae.multipliers but one")
                 for problem in problems:
                     raise ValueError(f"stages.{key}.buckets: {problem}")
+        settle_batches(self, lambda bucket: sample_tokens(self.tae, bucket))
         return self
 
     @model_validator(mode="after")
@@ -102,3 +103,8 @@ class TaeRunConfig(RunConfig):
                 "amid a step; an autoencoder is small enough for engine=zero2"
             )
         return self
+
+
+def sample_tokens(tae: TaeConfig, bucket: BucketConfig) -> int:
+    """Positions of a latent frame, times the frames of the clip: what an autoencoder's cost grows with."""
+    return bucket.frames * (bucket.height // tae.space) * (bucket.width // tae.space)

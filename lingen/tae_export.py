@@ -24,7 +24,7 @@ from safetensors.torch import save
 from data.pipeline import StageLoader, holdout_batches
 from data.shards import Index
 from lingen import checkpoint
-from lingen.autoencoders import to_float
+from lingen.autoencoders import psnr, to_float
 from lingen.autoencoders.tae import FILE, MEAN, STD, Tae, TaeAutoencoder
 from lingen.autoencoders.tae_game import AUTOENCODER
 from lingen.config import BucketConfig, StageConfig
@@ -68,7 +68,7 @@ def export_tae(
     mean, std, clips = latent_statistics(config, index, stage, model, device)
     autoencoder = TaeAutoencoder(model, mean, std, device, torch.float32)
     rows = {str(b): list(reconstructions(config, index, stage, b, autoencoder, device)) for b in stage.buckets}
-    measured = {name: psnr(shown) for name, shown in rows.items()}
+    measured = {name: mean_psnr(shown) for name, shown in rows.items()}
     metadata = {
         "kind": "tae",
         "tae": config.tae.model_dump_json(),
@@ -137,18 +137,17 @@ def reconstructions(
     """
     data = config.data.model_copy(update={"workers": 0})
     limit = config.export.shown
-    for batch in holdout_batches(index, bucket, stage.fps, data, limit=limit, batch_size=1, rank=0, world=1):
+    for batch in holdout_batches(index, stage, bucket, data, limit=limit, batch_size=1, rank=0, world=1):
         if batch.lost:
             raise UserError(f"{batch.lost}; nothing was reconstructed; restore it and run again")
         if batch.valid.all():
             decoded = autoencoder.decode(autoencoder.encode(batch.pixels.to(device))).cpu()
             error = (decoded - to_float(batch.pixels)).square().mean().item()
-            quality = 10 * math.log10(4 / max(error, 1e-12))  # the peak is 2: [-1, 1]
             result = ((decoded + 1) * 127.5).round().to(torch.uint8)
-            yield Shown(batch.keys[0], quality, _picture(batch.pixels[0]), _picture(result[0]))
+            yield Shown(batch.keys[0], psnr(error), _picture(batch.pixels[0]), _picture(result[0]))
 
 
-def psnr(shown: list[Shown]) -> float:
+def mean_psnr(shown: list[Shown]) -> float:
     """The mean over clips, in dB; nan where there is none."""
     return sum(clip.psnr for clip in shown) / len(shown) if shown else math.nan
 

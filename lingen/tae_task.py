@@ -5,7 +5,6 @@ Shapes: B clips of a micro-batch, F = t*k + 1 frames, H x W pixels; C latent cha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batch import Batch
 from data.shards import Index, load_index
-from lingen.autoencoders import to_float
+from lingen.autoencoders import psnr, to_float
 from lingen.autoencoders.tae_game import TERMS, TaeGame
 from lingen.autoencoders.tae_losses import Perceptual, load_perceptual
 from lingen.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ from lingen.engine import DTYPES, Engine, make_engine
 from lingen.errors import UserError
 from lingen.flow import generator
 from lingen.memory import Memory, Probe, lay_out, peak
-from lingen.tae_config import TaeConfig, TaeRunConfig
+from lingen.tae_config import TaeConfig, TaeRunConfig, sample_tokens
 from lingen.tae_export import export_tae
 
 SQUARED = 1 + TERMS.index("squared")  # where a game's result has the squared error
@@ -73,7 +72,7 @@ class TaePlayers:
         return {
             "loss": sum(share * loss for share, loss in zip(shares.tolist(), losses.values(), strict=True)),
             "bucket_loss": losses,
-            "bucket_psnr": {name: decibel(means[SQUARED].item()) for name, means in measured.items()},
+            "bucket_psnr": {name: psnr(means[SQUARED].item()) for name, means in measured.items()},
         }
 
 
@@ -162,9 +161,8 @@ class TaeTask:
         return sum(p.numel() for p in self._game.parameters())
 
     def tokens(self, bucket: BucketConfig) -> int:
-        """Positions of a latent frame, times the frames of the clip: what its cost grows with."""
-        space = self._config.tae.space
-        return bucket.frames * (bucket.height // space) * (bucket.width // space)
+        """What its cost grows with."""
+        return sample_tokens(self._config.tae, bucket)
 
     def forward_flops(self, bucket: BucketConfig) -> int:
         """Of encoder and decoder, by torch's counter."""
@@ -222,8 +220,3 @@ def make_game(config: TaeRunConfig, perceptual: Perceptual | None) -> TaeGame:
 def latent_shape(tae: TaeConfig, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(C, T, h, w)."""
     return tae.channels, (frames - 1) // tae.time + 1, height // tae.space, width // tae.space
-
-
-def decibel(squared_error: float) -> float:
-    """The PSNR; pixels are in [-1, 1], so the peak is 2."""
-    return 10 * math.log10(4 / max(squared_error, 1e-12))

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lingen.bench import ablation, block, cache, data, demo, flops, imports, latency, loop, memory, scan
-from lingen.compose import parse
+from lingen.compose import HELP, parse
 from lingen.errors import UserError, nearest, run_main
 
 BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], object]]] = {
@@ -45,7 +45,10 @@ BENCHES: dict[str, tuple[type[BaseModel], Callable[[Any], object]]] = {
 
 def main() -> None:
     """Parse, measure, print."""
-    name, *words = sys.argv[1:] or [""]
+    name, *words = sys.argv[1:] or ["--help"]
+    if name in HELP:
+        print(__doc__)
+        return
     if name not in BENCHES:
         raise UserError(f"'{name}' is no benchmark{nearest(name, BENCHES)}; python scripts/bench.py NAME key=value ...")
     schema, run = BENCHES[name]

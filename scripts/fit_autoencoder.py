@@ -23,7 +23,7 @@ from data.buckets import eligible, split, starts
 from data.decode import BadSample, decode_clip
 from data.latents import refuse_latents
 from data.shards import Index, load_index, read_member
-from lingen.autoencoders import to_float
+from lingen.autoencoders import psnr, to_float
 from lingen.autoencoders.pca import PcaAutoencoder, fit_pca
 from lingen.compose import parse
 from lingen.config import DataConfig
@@ -141,7 +141,7 @@ def main() -> None:
     )
     autoencoder = PcaAutoencoder(tensors["basis"], tensors["mean"], tensors["std"], "cpu")
     heldout = (clips.choose(frames, config.heldout, heldout=True) for frames in (config.frames, 1))
-    video_psnr, image_psnr = (psnr(autoencoder, clips.read(rows, "measuring")) for rows in heldout)
+    video_psnr, image_psnr = (measure(autoencoder, clips.read(rows, "measuring")) for rows in heldout)
     metadata = {
         "kind": "pca",
         "channels": str(config.channels),
@@ -159,14 +159,14 @@ def main() -> None:
     print(f"{out}: pca, {config.channels} channels, {config.time}x{config.space}x{config.space}")
 
 
-def psnr(autoencoder: PcaAutoencoder, clips: Iterable[torch.Tensor]) -> float:
+def measure(autoencoder: PcaAutoencoder, clips: Iterable[torch.Tensor]) -> float:
     """In dB, from the mean squared error over all pixels of all clips; nan where there is none."""
     error, pixels = 0.0, 0
     for clip in clips:
         decoded = autoencoder.decode(autoencoder.encode(clip[None]))
         error += float((decoded - to_float(clip[None])).double().square().sum())
         pixels += clip.numel()
-    return 10 * math.log10(4 * pixels / max(error, 1e-12)) if pixels else math.nan  # the peak is 2: [-1, 1]
+    return psnr(error / pixels) if pixels else math.nan
 
 
 def _some(clips: Iterator[torch.Tensor], bad: Counter[str]) -> Iterator[torch.Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 
-from lingen.compose import compose, parse
+from lingen.compose import HELP, compose, parse
 from lingen.dist import find_place
 from lingen.errors import run_main
 from lingen.latents.make import Words, precompute
@@ -23,7 +23,7 @@ STOPPED = 130  # as a shell says of what Ctrl-C ended
 
 def main(words: list[str]) -> int:
     """Write the latents; the last line on stdout says what was written."""
-    own = [word for word in words if word.partition("=")[0] in Words.model_fields]
+    own = [word for word in words if word in HELP or word.partition("=")[0] in Words.model_fields]
     asked = parse(Words, own)
     config = compose(["name=precompute", *(word for word in words if word not in own), f"data.path={asked.data}"])
     try:

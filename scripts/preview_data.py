@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from data.latents import refuse_other_latents
 from data.shards import load_index
 from lingen.autoencoders import load_autoencoder
-from lingen.compose import compose, parse
+from lingen.compose import HELP, compose, parse
 from lingen.errors import UserError, run_main
 from lingen.files import write_file
 from lingen.latents.make import find_device
@@ -44,7 +44,7 @@ def main(words: list[str]) -> None:
     Raises:
         UserError: the words, the shards or the autoencoder cannot be used, or the page cannot be written.
     """
-    own = [word for word in words if word.partition("=")[0] in Words.model_fields]
+    own = [word for word in words if word in HELP or word.partition("=")[0] in Words.model_fields]
     asked, rest = parse(Words, own), [word for word in words if word not in own]
     reconstruct = any(word.startswith(NAMES_ONE) for word in rest)
     unnamed = [] if reconstruct else ["autoencoder.path=none"]  # its ratios are all that is needed

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from lingen.compose import compose_run, groups
 from lingen.dist import StopSignal
 from lingen.errors import run_main
-from lingen.tae_config import TaeRunConfig
 
 PRIMARY = "train_autoencoder"
 USAGE = """usage: python scripts/train_autoencoder.py name=NAME data.path=DIR [group=choice ...] [key=value ...]
@@ -24,14 +22,24 @@ USAGE = """usage: python scripts/train_autoencoder.py name=NAME data.path=DIR [g
 groups:"""
 
 
+def usage() -> str:
+    """The usage, with the choices of every group that it may be given."""
+    from lingen.compose import groups
+
+    return "\n".join([USAGE, *(f"  {group}" for group in groups(PRIMARY))])
+
+
 def main() -> int:
     """Compose, validate, hand over."""
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
-        print("\n".join([USAGE, *(f"  {group}" for group in groups(PRIMARY))]))
+        print(usage())
         return 0
+    stop = StopSignal()  # first of all: what follows takes seconds to import, in which a signal would kill
+    from lingen.compose import compose_run
+    from lingen.tae_config import TaeRunConfig
+
     config = compose_run(TaeRunConfig, PRIMARY, words)
-    stop = StopSignal()  # before torch is imported, which takes seconds in which a signal would kill
     from lingen.loop import dry_run, train
 
     return dry_run(config) if config.dry_run else train(config, stop)

@@ -16,8 +16,8 @@ import pytest
 # fmt: off
 ROWS = (
     ("lingen.errors", "lingen.files", "lingen.adacache_config", "lingen.autoencoder_config", "lingen.cache_config",
-     "lingen.config", "lingen.model_config", "lingen.operation_config", "lingen.reuse_config", "lingen.tae_config",
-     "lingen.text_config", "lingen.compose"),
+     "lingen.config", "lingen.model_config", "lingen.operation_config", "lingen.reuse_config", "lingen.stage_config",
+     "lingen.tae_config", "lingen.text_config", "lingen.compose"),
     ("lingen.agreement", "lingen.curriculum", "lingen.dist", "lingen.guard", "lingen.lease", "lingen.output",
      "lingen.runfolder", "lingen.watchdog"),
     ("data", "lingen.kernels"),
@@ -39,7 +39,7 @@ ROWS = (
 # Rooms that see less than the rows above them.
 ONLY = {
     "data": ("lingen.errors", "lingen.files", "lingen.autoencoder_config", "lingen.config", "lingen.model_config",
-             "lingen.operation_config", "lingen.text_config", "lingen.compose", "data"),
+             "lingen.operation_config", "lingen.stage_config", "lingen.text_config", "lingen.compose", "data"),
     "lingen.kernels": ("lingen.kernels",),
     "lingen.models": ("lingen.errors", "lingen.config", "lingen.model_config", "lingen.text_config", "lingen.kernels",
                       "lingen.models"),

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data.decode import BadSample, Times, part_of
+from data.decode import SLACK_S, BadSample, Times, part_of
 from lingen.errors import UserError
 
 Span = tuple[float, float]  # [begin, end) in seconds after the first frame; an end of 0 is the media's own
@@ -68,18 +68,29 @@ def cut(times: Times, asked: Span, scenes: list[float], window_seconds: float | 
     Raises:
         BadSample: there are no frames where they are asked for.
     """
-    first, last = part_of(times, *asked)
+    try:
+        first, last = part_of(times, *asked)
+    except BadSample as error:
+        raise BadSample("bad start or end", error.detail) from error
     begin, end = asked[0], asked[1] or after(times)
     if asked[1] and last == len(times):
         end = min(end, after(times))
     edges = [begin, *(scene for scene in scenes if times[first] < scene < end), end]
-    spans: list[Span] = []
-    for start, stop in pairwise(edges):
-        count = max(1, math.ceil((stop - start) / window_seconds - 1e-6)) if window_seconds else 1
-        inner = [start + n * (window_seconds or 0.0) for n in range(1, count)]
-        spans += zip([start, *inner], [*inner, stop], strict=True)
+    spans = list(pairwise(edges))
+    if window_seconds is not None:
+        spans = [window for span in spans for window in _windows(times, span, window_seconds)]
     spans = [span for span in spans if _frames(times, span)]
     return [(0.0, 0.0)] if len(spans) == 1 and (first, last) == (0, len(times)) else spans
+
+
+def _windows(times: Times, span: Span, seconds: float) -> list[Span]:
+    """Those that frames are in: a gap, or a time that is nonsense, may be as long as millions of windows."""
+    begin, end = span
+    inside = times + SLACK_S / 2  # as in part_of
+    inside = inside[(inside >= begin) & (inside < end)]
+    last = max(0, math.ceil((end - begin) / seconds - 1e-6) - 1)
+    numbers = np.unique(np.minimum((inside - begin) // seconds, last)).tolist()
+    return [(begin + n * seconds, end if n == last else begin + (n + 1) * seconds) for n in numbers]
 
 
 def after(times: Times) -> float:

@@ -41,6 +41,11 @@ class Entry(NamedTuple):
     problem: tuple[str, str] | None = None  # reason and detail, where it is known already that it cannot be used
 
     @property
+    def label(self) -> str:
+        """What a list of the rejected calls it."""
+        return f"{self.name}:{self.member.key}" if self.member else self.name
+
+    @property
     def samples(self) -> int:
         return max(1, len(self.parts))
 
@@ -90,6 +95,11 @@ def key_of(file: Path, root: Path) -> str:
     """
     path = file.relative_to(root) if file.is_relative_to(root) else file.relative_to(file.anchor)
     return escape(path.with_suffix("").as_posix())
+
+
+def printable(name: str) -> str:
+    """A name on the disk or in a tar need not be UTF-8; what is written about it is."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def escape(name: str) -> str:

@@ -79,7 +79,7 @@ def examine(words: Words, root: str, entry: Entry) -> Outcome:
 
 
 def _reject(entry: Entry, bad: BadSample) -> Rejection:
-    return Rejection(entry.name, bad.reason, bad.detail, not isinstance(bad, Filtered))
+    return Rejection(entry.label, bad.reason, bad.detail, not isinstance(bad, Filtered))
 
 
 def _examine(words: Words, root: Path, entry: Entry, rejected: list[Rejection]) -> Media | None:

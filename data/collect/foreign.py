@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from data.collect.entries import BESIDE, MEDIA, Entry, Member, refuse_outside
+from data.collect.entries import BESIDE, MEDIA, Entry, Member, escape, refuse_outside
 from data.decode import BadSample
 
 CAPTION_SUFFIXES = {suffix.removeprefix("."): n for n, suffix in enumerate(BESIDE)}  # a .txt comes before a .json
@@ -31,6 +31,7 @@ def scan_shard(root: Path, name: str) -> list[Entry]:
     """
     entries: list[Entry] = []
     try:
+        escape(name)  # the index names it
         refuse_outside(root / name, root)
         with tarfile.open(root / name, "r:") as tar:
             for key, files in _samples(tar, name, entries):
@@ -38,7 +39,9 @@ def scan_shard(root: Path, name: str) -> list[Entry]:
             _check_end(tar, root / name)
     except BadSample as bad:
         entries.append(Entry(name, problem=(bad.reason, bad.detail)))
-    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        entries.append(Entry(name, problem=("cannot be read", str(error))))
+    except (tarfile.TarError, ValueError, RecursionError) as error:
         cut = "unexpected end of data" in str(error)
         entries.append(Entry(name, problem=("truncated shard" if cut else "damaged shard", str(error)[:200])))
     return entries

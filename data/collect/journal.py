@@ -44,6 +44,7 @@ class Step(BaseModel):
     shards: list[ShardEntry] = []
     rows: Columns = Columns()
     rejected: list[Rejection] = []
+    bad: int  # of the samples that the entries name, from the first on
 
 
 @dataclass
@@ -53,12 +54,14 @@ class Done:
     entries: int = 0
     index: IndexFile = field(default_factory=IndexFile)
     rejected: list[Rejection] = field(default_factory=list)
+    bad: int = 0
 
     def add(self, step: Step) -> None:
         self.entries = step.done
         self.index.shards += step.shards
         self.index.samples.extend(step.rows)
         self.rejected += step.rejected
+        self.bad = step.bad
 
 
 class Journal:
@@ -93,8 +96,9 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         self._stream.truncate(len(whole))
         lines = whole.splitlines()
-        if len(lines) < 2:  # nothing was done yet
+        if not lines:
             refuse_used(self.output)
+        if len(lines) < 2:  # nothing is told of yet; a first shard that is there already is written again
             self._stream.truncate(0)
             self._write(header)
             sync_path(self.output)

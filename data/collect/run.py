@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from data.collect.cut import require_scenedetect
+from data.collect.entries import Entry, printable
 from data.collect.examine import Media, Outcome, Rejection, examine, read_part
 from data.collect.journal import Header, Journal, Step, by_reason, rejected_lines
 from data.collect.pool import Lost, ordered
@@ -83,7 +84,7 @@ class _Run:
         self.rejected: list[Rejection] = []  # since the journal's last line
         self.entries = done.entries
         self.samples = sum(entry.samples for entry in source.entries)
-        self.bad = sum(one.bad for one in done.rejected)
+        self.bad = done.bad
         self.keys = {key.partition("@")[0] for key in done.index.samples.key}  # of media
         self.place_of = {str(source.root / shard.name): n for n, shard in enumerate(source.shards)}
 
@@ -118,10 +119,10 @@ class _Run:
                 )
                 for entry, found in zip(entries[done:], outcomes, strict=True):
                     if isinstance(found, Lost):
-                        lost = Rejection(entry.name, found.reason, found.detail, True)
+                        lost = Rejection(entry.label, found.reason, found.detail, True)
                         found = Outcome(None, [lost] * entry.samples)
                     before = len(self.rejected)
-                    self._take(entry.name, found)
+                    self._take(entry, found)
                     log.write(rejected_lines(self.rejected[before:]))
                     log.flush()
                     self._refuse_too_many()
@@ -130,21 +131,21 @@ class _Run:
         finally:
             outcomes.close()
 
-    def _take(self, name: str, found: Outcome) -> None:
+    def _take(self, entry: Entry, found: Outcome) -> None:
         """Write or index what an entry gave, and count what it did not."""
         self.entries += 1
         rejected, media = list(found.rejected), found.media
         if media:
             if media.key in self.keys:
-                rejected += [Rejection(name, "duplicate key", window.key, True) for window in media.windows]
+                rejected += [Rejection(entry.label, "duplicate key", window.key, True) for window in media.windows]
             else:
                 distinct = {window.key: window for window in reversed(media.windows)}
                 windows = [window for window in media.windows if distinct[window.key] is window]
-                rejected += [Rejection(name, "duplicate key", "", True)] * (len(media.windows) - len(windows))
+                rejected += [Rejection(entry.label, "duplicate key", "", True)] * (len(media.windows) - len(windows))
                 self.keys.add(media.key)
                 self._store(media, windows)
-        self.rejected += rejected
-        self.bad += sum(one.bad for one in rejected)
+        self.rejected += [one._replace(path=printable(one.path), detail=printable(one.detail)) for one in rejected]
+        self.bad += min(entry.samples, sum(one.bad for one in rejected))  # a video in a thousand windows is one sample
 
     def _store(self, media: Media, windows: list[Window]) -> None:
         if self.writes:
@@ -166,7 +167,7 @@ class _Run:
     def _step(self) -> None:
         """Close the shard under way and tell the journal."""
         shard, rows = self.writer.close() or (None, self.indexed)
-        step = Step(done=self.entries, shards=[shard] if shard else [], rows=rows, rejected=self.rejected)
+        step = Step(done=self.entries, shards=[shard] if shard else [], rows=rows, rejected=self.rejected, bad=self.bad)
         self.journal.add(step)
         self.indexed, self.rejected = Columns(), []
 

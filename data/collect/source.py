@@ -85,11 +85,14 @@ def from_manifest(manifest: Path, root: Path) -> Source:
 def from_shards(words: Words, root: Path, names: list[str]) -> Source:
     """The samples in others' shards."""
     entries: list[Entry] = []
+    sizes: list[ShardEntry] = []  # of those with samples in them
     shards = ordered(partial(scan_shard, root), names, workers=words.workers, seconds=words.file_seconds)
     bar = track(zip(names, shards, strict=True), "reading headers", len(names), console=Console(stderr=True))
     for name, found in bar:
-        entries += [Entry(name, problem=(found.reason, found.detail))] if isinstance(found, Lost) else found
-    sizes = [ShardEntry(name=name, bytes=(root / name).stat().st_size) for name in names]
+        given = [Entry(name, problem=(found.reason, found.detail))] if isinstance(found, Lost) else found
+        entries += given
+        if any(entry.member for entry in given):
+            sizes.append(ShardEntry(name=name, bytes=(root / name).stat().st_size))
     return Source(root, entries, sizes, fingerprint(root, names))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from data.collect.entries import printable
 from lingen.config import Share
 
 Level = Annotated[float, Field(ge=0, le=255, allow_inf_nan=False)]  # of a pixel
@@ -43,6 +44,13 @@ class Words(BaseModel):
     min_luma: Level = 0.0  # mean brightness, 0 is black and 255 white
     min_motion: Level = 0.0  # mean change of a pixel between a few frames spread over a video
     max_megabytes: PositiveInt = Field(1024, le=2047)  # of a file: each sample in it is read with the whole
+
+    @field_validator("input", "output", "manifest")
+    @classmethod
+    def _written(cls, path: str | None) -> str | None:
+        if path is not None and path != printable(path):
+            raise ValueError("the path is not UTF-8, and could not be written down; rename what it names")
+        return path
 
     @model_validator(mode="after")
     def _ordered(self) -> Words:

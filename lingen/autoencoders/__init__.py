@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from lingen.autoencoder_config import AutoencoderConfig
-from lingen.autoencoders.base import Autoencoder, to_float
+from lingen.autoencoders.base import Autoencoder, psnr, to_float
 from lingen.autoencoders.diffusers import load_diffusers
 from lingen.autoencoders.pca import load_pca
 from lingen.autoencoders.tae import load_tae
 
-__all__ = ["Autoencoder", "load_autoencoder", "to_float"]
+__all__ = ["Autoencoder", "load_autoencoder", "psnr", "to_float"]
 
 LOADERS = {"pca": load_pca, "diffusers": load_diffusers, "tae": load_tae}
 

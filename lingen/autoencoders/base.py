@@ -10,6 +10,7 @@ So an image is a clip of one frame.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -17,6 +18,8 @@ import torch
 
 from lingen.autoencoder_config import AutoencoderConfig
 from lingen.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Autoencoder(Protocol):
@@ -40,6 +43,11 @@ class Autoencoder(Protocol):
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 -> [-1, 1]; float pixels as they are, in fp32."""
     return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def psnr(squared_error: float) -> float:
+    """In dB, of a mean squared error; the peak is 2, for pixels are in [-1, 1]."""
+    return 10 * math.log10(4 / max(squared_error, 1e-12))
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], also: str = "") -> str:

@@ -20,14 +20,20 @@ import torch
 from safetensors import SafetensorError
 
 from lingen.autoencoder_config import AutoencoderConfig
-from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
+from lingen.autoencoders.base import (
+    DTYPES,
+    Autoencoder,
+    fingerprint,
+    refuse_other_ratios,
+    refuse_other_shapes,
+    to_float,
+)
 from lingen.autoencoders.rules import RULES, Rule, Statistics
 from lingen.autoencoders.tiles import tiled
 from lingen.errors import UserError
 
 PROBE_FRAMES = 25  # 24 is a multiple of all ratios in time that are known: 1, 2, 3, 4, 6, 8, 12
 PROBE_SIDE = 128  # the largest known ratio in space
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class DiffusersVae:
@@ -42,6 +48,8 @@ class DiffusersVae:
         self.fingerprint = fingerprint
         self._rule = rule
         self._device, self._dtype = torch.device(device), torch.float32
+        if rule.first:
+            model.get_submodule(rule.first).register_forward_hook(lambda layer, given, out: out.to(self._dtype))
         self._model = model.to(self._device).eval().requires_grad_(False)
         for own in ("use_tiling", "use_slicing", "use_framewise_encoding", "use_framewise_decoding"):
             if hasattr(model, own):  # tiles are ours; HunyuanVideo's own are on by default
@@ -69,7 +77,8 @@ class DiffusersVae:
 
     def _mode(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, F, H, W) or (B, 3, H, W) -> (B, C, T, h, w) or (B, C, h, w)."""
-        encoded = self._model.encode(to_float(pixels.to(self._device)).to(self._dtype))
+        pixels = to_float(pixels.to(self._device))
+        encoded = self._model.encode(pixels if self._rule.first else pixels.to(self._dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         return latents.float()  # type: ignore[no-any-return]
 

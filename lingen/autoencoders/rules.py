@@ -35,6 +35,7 @@ class Rule:
     images: bool = False  # it knows no time: frames go through one by one
     odd: bool = False  # it decodes an odd number of latent frames alone as t*k + 1 frames
     streams: bool = False  # it goes through time in pieces and carries its state: exact, where tiles are not
+    first: str = ""  # a layer without weights that needs the pixels as they are: bf16 would round off what it shows
 
 
 def _factor(vae: Any) -> Statistics:
@@ -79,6 +80,6 @@ RULES = {
     "AutoencoderKLHunyuanVideo": Rule(_factor),
     "AutoencoderKLHunyuanVideo15": Rule(_factor),
     "AutoencoderKLLTXVideo": Rule(_buffers_and_factor),
-    "AutoencoderKLMochi": Rule(_lists_and_factor),
+    "AutoencoderKLMochi": Rule(_lists_and_factor, first="encoder.fourier_features"),  # sines of 2^6, 2^7 turns
     "AutoencoderKLWan": Rule(_lists, streams=True),
 }

@@ -18,7 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lingen.autoencoder_config import AutoencoderConfig
-from lingen.autoencoders.base import Autoencoder, fingerprint, refuse_other_ratios, refuse_other_shapes, to_float
+from lingen.autoencoders.base import (
+    DTYPES,
+    Autoencoder,
+    fingerprint,
+    refuse_other_ratios,
+    refuse_other_shapes,
+    to_float,
+)
 from lingen.autoencoders.tae_layers import Conv, Middle, Out, ResBlock, Stack, Upsample
 from lingen.autoencoders.tiles import tiled
 from lingen.errors import UserError
@@ -28,7 +35,6 @@ FILE, MEAN, STD = "model.safetensors", "latent.mean", "latent.std"
 LOG_VARIANCE = (-30.0, 20.0)  # of the posterior
 # ... at first: a deviation of 0.05. From 1 on, noise hides for long what there is to learn (docs/log.md).
 FIRST_LOG_VARIANCE = -6.0
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Tae(nn.Module):

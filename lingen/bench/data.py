@@ -1,7 +1,16 @@
-"""The loader against what it stands on: decoding against a bare loop, latents against reading their files.
+"""The loader against what it stands on.
 
-Both sides of each ratio have as many processes, each of one thread, and are timed from the start of the processes to
-the last byte, one after the other, round by round.
+*Clips*: the loader's frames/s against those of a bare decord loop over the same clips, which takes the same frames of
+each and gives RGB at the source's size. The loader also checks sha256 sums, crops, scales to the bucket and hands over
+batches in order. *Latents*: the loader's bytes/s, every sample checked, against reading all members of the same tar
+files: from the disk, as in a training whose latents do not fit into memory, and (``latent_memory_...``) from the memory
+of the system, where reading is no more than copying, into a buffer that stays in the processor's cache.
+
+Both sides have as many processes (the loader's keepers and its parent beside them do next to nothing), and either
+library keeps the threads it has for one clip: in decord one decodes, in the loader too. One side runs after the other,
+round by round; the bare one is timed from the start of its processes, the loader, which lives for hours, from when its
+memory was used once. ``ratio`` is the loader's rate over the bare one's, the median over the rounds; ``cpu_ratio`` that
+of what they make a CPU second, summed over all processes of a side: where others use the cores, it says more.
 """
 
 from __future__ import annotations
@@ -9,15 +18,16 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import statistics
+import resource
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -25,6 +35,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from data.batch import Bucket
+from data.blocks import SPARE
 from data.buckets import Ints, eligible
 from data.decode import ClipInfo
 from data.index_file import INDEX, IndexFile, LatentBucket, Latents
@@ -33,7 +44,7 @@ from data.shards import Index, add_shard, load_index, read_member
 from data.video import HAS_DECORD
 from data.workers import Job, decode
 from data.writer import ShardWriter, Window
-from lingen.bench.timing import Case, Seconds, interleave, ratio
+from lingen.bench.timing import Case, interleave, median, ratio
 from lingen.config import DataConfig
 from lingen.errors import UserError
 
@@ -41,7 +52,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BATCH = 4  # samples of a micro-batch
 WORLD = ("clips=48", "images=0", "size=320", "frames=49", "fps=24")
 LATENTS = Bucket(257, 512, 512)  # 17 s: 4.3 MB a sample
-STORED = 64  # samples of such latents
+STORED = 256  # samples of such latents
+TICK = 0.01  # seconds, in which the system counts a process's
 WARM = 100  # clips, after which a worker holds what it always holds
 
 
@@ -56,7 +68,8 @@ class DataWords(BaseModel):
     height: PositiveInt = 256
     width: PositiveInt = 256
     fps: PositiveFloat = 8.0
-    clips: PositiveInt = 96  # that are decoded in each round
+    clips: PositiveInt = 384  # that are decoded in each round
+    passes: PositiveInt = 8  # over the latents in each round from memory
     rounds: PositiveInt = 5
     opened: PositiveInt = 1000  # clips that one worker opens while its memory is watched
 
@@ -66,7 +79,9 @@ def run(words: DataWords) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         clips = load_index(words.data or _render(Path(folder)))
         refuse_latents(clips, f"data={words.data}")
-        decoding = _decoding(words, clips)
+        decoding = _decoding(words, clips, Bucket(words.frames, words.height, words.width))
+        side = int(clips.height[0])
+        unscaled = {} if words.data else {"unscaled": _decoding(words, clips, Bucket(words.frames, side, side))}
         growth = _growth(words, clips)
         stored = load_index(words.latents or _store(Path(folder) / "latents"))
         if stored.latents is None:
@@ -80,32 +95,78 @@ def run(words: DataWords) -> dict[str, Any]:
         "rss_growth_bytes": growth,
         "opened": words.opened,
         **reading,
+        **unscaled,
     }
 
 
-def _decoding(words: DataWords, index: Index) -> dict[str, Any]:
+def _decoding(words: DataWords, index: Index, bucket: Bucket) -> dict[str, Any]:
     """Frames/s of the loader, and of a bare loop over the same frames, which neither crops nor scales."""
-    bucket = Bucket(words.frames, words.height, words.width)
     data = DataConfig(path=str(index.path), workers=words.workers)
     rows = _rows(words, index, bucket, data, words.clips)
-
-    def loader() -> None:
-        for _ in decode(index, data, _jobs(bucket, words.fps, rows)):
-            pass
-
-    def bare() -> None:
-        _in_processes(words.workers, lambda n: _bare(index, words, rows[n :: words.workers]))
-
-    seconds = interleave({"loader": Case(loader), "bare loop": Case(bare)}, words.rounds, _wall)
-    frames = len(rows) * words.frames
+    cases = {
+        "loader": lambda: _load(index, data, _jobs(bucket, words.fps, rows)),
+        "bare": lambda: _in_processes(words.workers, lambda n: _bare(index, words, rows[n :: words.workers])),
+    }
     return {
         "bucket": str(bucket),
         "decoder": data.decoder,
         "bare_decoder": "decord" if HAS_DECORD else "pyav",
-        "frames_per_s": _rate(seconds, "loader", frames),
-        "raw_frames_per_s": _rate(seconds, "bare loop", frames),
-        "ratio": round(ratio(seconds, "bare loop", "loader"), 3),
+        **_compare(cases, words.rounds, len(rows) * words.frames, ("frames_per_s", "raw_frames_per_s", "")),
     }
+
+
+class Cost(NamedTuple):
+    """Of one round of one side."""
+
+    wall: float  # seconds
+    cpu: float  # seconds of all its processes
+
+
+def _compare(
+    cases: dict[str, Callable[[], Cost]], rounds: int, amount: int, names: tuple[str, str, str]
+) -> dict[str, Any]:
+    """The rates of the loader and of what it is compared with, and how they compare."""
+    costs: dict[str, list[Cost]] = {name: [] for name in cases}
+
+    def measure(name: str) -> None:
+        costs[name].append(cases[name]())
+
+    interleave({name: Case(partial(measure, name)) for name in cases}, rounds)
+    wall = {name: [cost.wall for cost in found[1:]] for name, found in costs.items()}  # the first one warmed up
+    cpu = {name: [max(cost.cpu, TICK) for cost in found[1:]] for name, found in costs.items()}
+    ours, bare = cases
+    return {
+        names[0]: round(amount / median(wall, ours), 1),
+        names[1]: round(amount / median(wall, bare), 1),
+        f"{names[2]}ratio": round(ratio(wall, bare, ours), 3),
+        f"{names[2]}cpu_ratio": round(ratio(cpu, bare, ours), 3),
+    }
+
+
+def _load(index: Index, data: DataConfig, jobs: list[Job]) -> Cost:
+    """What it costs to have these jobs done by a loader that runs already: the first ones, until each of its blocks of
+    memory was filled once, are left out, and the rest is scaled up to all jobs.
+
+    Raises:
+        RuntimeError: there is a hole, which would cost nothing.
+    """
+    me, first = psutil.Process(), min(data.workers * data.prefetch + SPARE, len(jobs) // 2)
+    began = now = Cost(0.0, 0.0)
+    for n, (_, holes) in enumerate(decode(index, data, iter(jobs)), start=1):
+        if holes:
+            raise RuntimeError(f"{holes[0].key}: {holes[0].reason}")
+        if n in (first, len(jobs)):
+            now = Cost(time.perf_counter(), _cpu(me) + sum(map(_cpu, me.children(recursive=True))))
+            began = now if n == first else began
+    share = (len(jobs) - first) / len(jobs)
+    return Cost((now.wall - began.wall) / share, (now.cpu - began.cpu) / share)
+
+
+def _cpu(process: psutil.Process) -> float:
+    """Seconds so far; of its children that ended too, but for this process."""
+    times = process.cpu_times()
+    ended = (times.children_user + times.children_system) if process.pid != os.getpid() else 0.0
+    return float(times.user + times.system + ended)
 
 
 def _bare(index: Index, words: DataWords, rows: Ints) -> None:
@@ -132,34 +193,42 @@ def _bare(index: Index, words: DataWords, rows: Ints) -> None:
 
 
 def _reading(words: DataWords, index: Index) -> dict[str, Any]:
-    """Bytes/s of latents through the loader, and of the members of their tar files; both from the disk where the
-    system can be told to forget files."""
+    """Bytes/s of latents through the loader, and of the members of their tar files: from the disk, then from memory."""
     data = DataConfig(path=str(index.path), workers=words.workers)
-    rows = np.arange(len(index), dtype=np.int64)
-    fps = float(index.fps[0])
     bucket = Bucket(int(index.frames[0]), int(index.height[0]), int(index.width[0]))
-    rows = rows[(index.frames == bucket.frames) & (index.height == bucket.height) & (index.width == bucket.width)]
+    rows = np.flatnonzero((index.frames == bucket.frames) & (index.height == bucket.height))
+    rows = rows[index.width[rows] == bucket.width]
     paths = [index.shard_paths[shard] for shard in np.unique(index.shard[rows])]
 
-    def loader() -> None:
-        for _ in decode(index, data, _jobs(bucket, fps, rows)):
-            pass
+    def compare(prefix: str, passes: int, before: Callable[[], None]) -> dict[str, Any]:
+        jobs, files = _jobs(bucket, float(index.fps[0]), np.tile(rows, passes)), passes * paths
 
-    def forgotten(call: Callable[[], object]) -> float:
-        _forget(paths)
-        return _wall(call)
+        def loader() -> Cost:
+            before()
+            return _load(index, data, jobs)
 
-    def tars() -> None:
-        _in_processes(words.workers, lambda n: _read_tars(paths[n :: words.workers]))
+        def tars() -> Cost:
+            before()
+            return _in_processes(words.workers, lambda n: _read_tars(files[n :: words.workers]))
 
-    seconds = interleave({"latents": Case(loader), "tar files": Case(tars)}, words.rounds, forgotten)
-    size = int(index.bytes[rows].sum())
+        names = f"{prefix}_bytes_per_s", f"{prefix.replace('latent', 'tar')}_bytes_per_s", f"{prefix}_"
+        return _compare(
+            {"latents": loader, "tar files": tars}, words.rounds, passes * int(index.bytes[rows].sum()), names
+        )
+
     return {
         "latent_bytes": int(index.bytes[rows[0]]),
-        "latent_bytes_per_s": _rate(seconds, "latents", size),
-        "tar_bytes_per_s": _rate(seconds, "tar files", size),
-        "latent_ratio": round(ratio(seconds, "tar files", "latents"), 3),
+        **compare("latent", 1, lambda: _forget(paths)),
+        **compare("latent_memory", words.passes, lambda: None),
     }
+
+
+def _forget(paths: list[Path]) -> None:
+    """Have the system read these files from the disk the next time, where it can be told so."""
+    for path in paths if hasattr(os, "posix_fadvise") else ():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not written yet cannot be forgotten
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_tars(paths: list[Path]) -> None:
@@ -171,21 +240,13 @@ def _read_tars(paths: list[Path]) -> None:
                 file.read()
 
 
-def _forget(paths: list[Path]) -> None:
-    if hasattr(os, "posix_fadvise"):
-        for path in paths:
-            handle = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
-
-
 def _growth(words: DataWords, index: Index) -> int:
     """What one worker's own memory grew by from its ``WARM``-th clip to the largest after it, in bytes."""
     bucket = Bucket(words.frames, words.height, words.width)
     data = DataConfig(path=str(index.path), workers=1, worker_memory_mb=1 << 20)  # never replaced
     rows = _rows(words, index, bucket, data, words.opened)
     held: list[int] = []
-    for n, _ in enumerate(decode(index, data, _jobs(bucket, words.fps, rows)), start=1):
+    for n, _ in enumerate(decode(index, data, iter(_jobs(bucket, words.fps, rows))), start=1):
         if n * BATCH >= min(WARM, words.opened):
             held.append(_worker_memory())
     return max(held) - held[0]
@@ -206,40 +267,35 @@ def _rows(words: DataWords, index: Index, bucket: Bucket, data: DataConfig, coun
     return np.resize(fits, count)
 
 
-def _jobs(bucket: Bucket, fps: float, rows: Ints) -> Iterator[Job]:
+def _jobs(bucket: Bucket, fps: float, rows: Ints) -> list[Job]:
+    jobs = []
     for at in range(0, len(rows), BATCH):
         part = rows[at : at + BATCH]
-        yield Job(bucket, fps, part, np.full(len(part), 0.5), np.arange(len(part), dtype=np.int64))
+        jobs.append(Job(bucket, fps, part, np.full(len(part), 0.5), np.arange(len(part), dtype=np.int64)))
+    return jobs
 
 
-def _in_processes(count: int, work: Callable[[int], None]) -> None:
-    """``work(n)`` in ``count`` forked processes.
+def _in_processes(count: int, work: Callable[[int], None]) -> Cost:
+    """What it costs to have ``work(n)`` done in ``count`` forked processes.
 
     Raises:
         RuntimeError: one of them failed.
     """
     processes = [multiprocessing.get_context("fork").Process(target=_alone, args=(work, n)) for n in range(count)]
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     for process in processes:
         process.start()
     for process in processes:
         process.join()
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if any(process.exitcode for process in processes):
         raise RuntimeError("a process of the bare loop failed; its traceback is above")
+    return Cost(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def _alone(work: Callable[[int], None], n: int) -> None:
     torch.set_num_threads(1)
     work(n)
-
-
-def _wall(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
-def _rate(seconds: Seconds, name: str, amount: int) -> float:
-    return round(amount / statistics.median(seconds[name]), 1)
 
 
 def _render(folder: Path) -> Path:
@@ -270,6 +326,7 @@ def _store(folder: Path) -> Path:
         checks.append(check_of(media))
         if n % 16 == 15:
             add_shard(index, writer.close())
-    index.latents = about.model_copy(update={"checks": checks})
+    sources = [((bucket.frames - 1) / bucket.fps, bucket.height, bucket.width)] * STORED
+    index.latents = about.model_copy(update={"checks": checks, "sources": sources})
     (folder / INDEX).write_bytes(index.to_json())
     return folder

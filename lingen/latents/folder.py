@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data.index_file import INDEX, Columns, IndexFile, Latents, ShardEntry
 from data.latents import EMPTY
 from data.shards import PLAN, load_index
+from lingen.autoencoder_config import TileConfig
 from lingen.errors import UserError
 from lingen.files import write_file
 
@@ -40,6 +41,8 @@ class Plan(BaseModel):
     samples: int  # windows of clips, good or bad
     samples_per_shard: int
     batch_size: int
+    autoencoder_dtype: str  # with the tiles: the same latent space, but other bits
+    tile: TileConfig | None
 
 
 class Rejected(BaseModel):
@@ -61,6 +64,7 @@ class Part(BaseModel):
     rejected: list[Rejected] = []
     numbers: int = 0  # latent numbers a channel
     checks: list[int] = []  # of each row's bytes
+    sources: list[tuple[float, int, int]] = []  # of each row's clip: seconds, height, width
     sums: list[float] = []  # of each channel
     squares: list[float] = []
 
@@ -188,7 +192,9 @@ class Folder:
                 f"data.max_bad_share={max_bad_share:g}; {self.path / REJECTED} names them"
             )
         checks = [check for part in parts for check in part.checks]
-        latents = self.plan.latents.model_copy(update={"checks": checks, **statistics(parts)})
+        sources = [source for part in parts for source in part.sources]
+        more = {"checks": checks, "sources": sources, **statistics(parts)}
+        latents = self.plan.latents.model_copy(update=more)
         index = IndexFile(latents=latents)
         for part in parts:
             if part.shard is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from data.writer import ShardWriter, Window
 from lingen.autoencoders import Autoencoder, load_autoencoder
 from lingen.config import Config
 from lingen.dist import Place
-from lingen.errors import UserError, run_main
+from lingen.errors import LocalError, UserError, run_main
 from lingen.latents.folder import Folder, Part, Plan, Rejected
 from lingen.latents.units import Unit, buckets_of, make_units
 from lingen.output import make_folder, writing
@@ -117,10 +118,19 @@ def _other(words: Words, config: Config, rank: int) -> None:
             task.work(shown=False, busy=[])
 
     os.environ["RANK"] = str(rank)  # for run_main: rank 0 says it for all
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     try:
         run_main(work)
     except KeyboardInterrupt:
         return
+
+
+def _end_with_the_first() -> None:
+    """A process that was killed cannot end the others; they would go on for hours with nobody to look after them."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,8 @@ class Task:
             samples=sum(len(unit.rows) for unit in units),
             samples_per_shard=words.samples_per_shard,
             batch_size=words.batch_size,
+            autoencoder_dtype=config.autoencoder.dtype,
+            tile=config.autoencoder.tile,
         )
         with writing(words.out):
             folder = Folder(words.out, plan, empty)
@@ -198,7 +210,7 @@ class Task:
         try:
             for batch, holes in clips:
                 if batch.lost:
-                    raise UserError(batch.lost)
+                    raise LocalError(batch.lost)  # the others may never come to this shard
                 part.rejected += [Rejected(bucket=str(unit.bucket), **vars(hole)) for hole in holes]
                 self._encode(unit, batch, writer, part)
                 done += len(batch.keys)
@@ -224,6 +236,7 @@ class Task:
             tokens = self.text.tokens(caption) if self.text else {}
             media = pack(latents, tokens, self.autoencoder.fingerprint)
             part.checks.append(check_of(media))
+            part.sources.append(unit.source(self.index, place))
             key = unit.key(self.index, place)
             bucket = unit.bucket
             info = ClipInfo(bucket.frames, unit.fps if bucket.frames > 1 else 0.0, bucket.height, bucket.width)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.buckets import Floats, Ints, eligible, split
+from data.buckets import Floats, Ints, assign, split
+from data.counts import why_empty
 from data.index_file import LatentBucket
 from data.pipeline import shape_of
 from data.shards import Index
@@ -52,6 +53,11 @@ class Unit:
         begin = float(index.begin[row] + self.starts[n] * slack)
         return begin, begin + _needed(self.bucket, self.fps) + 1 / float(index.fps[row])
 
+    def source(self, index: Index, n: int) -> tuple[float, int, int]:
+        """Seconds, height and width of the whole clip."""
+        seconds, height, width = (column[self.rows[n]] for column in index.footage)
+        return float(seconds), int(height), int(width)
+
 
 def buckets_of(stages: Iterable[StageConfig]) -> dict[LatentBucket, tuple[BucketConfig, float]]:
     """The stages' buckets, each once, with the rate to decode at. Images have none, so any stage's will do."""
@@ -67,20 +73,20 @@ def buckets_of(stages: Iterable[StageConfig]) -> dict[LatentBucket, tuple[Bucket
 def make_units(
     index: Index, stages: Iterable[StageConfig], data: DataConfig, *, windows: int, samples_per_shard: int
 ) -> list[Unit]:
-    """The units of all buckets, bucket after bucket.
+    """The units of all buckets, bucket after bucket: of each the clips that some stage draws for it.
 
     A clip has ``windows`` windows, evenly spread; fewer where it is so short that two would be the same. A held-out
     clip has one, in its middle: what a validation from pixels sees.
 
     Raises:
-        UserError: no sample fills a bucket.
+        UserError: a stage has no sample for one of its buckets.
     """
+    stages = list(stages)
     _, holdout = split(index, data.holdout_share)
+    drawn = _drawn(index, stages, data)
     units: list[Unit] = []
-    for place, (bucket, fps) in enumerate(buckets_of(stages).values()):
-        rows = eligible(index, shape_of(bucket), fps=fps, data=data)
-        if not len(rows):
-            raise UserError(f"bucket {bucket} at fps={fps:g}: no sample in data={index.path} can fill it")
+    for place, (shape, (bucket, fps)) in enumerate(buckets_of(stages).items()):
+        rows = drawn[shape]
         moves = np.floor(_slack(index, rows, bucket, fps) * index.fps[rows] + 1e-6)  # by a frame of the source
         counts = np.where(holdout[rows], 1, np.minimum(windows, 1 + moves)).astype(np.int64)  # (M,)
         number = np.concatenate([np.full(int((counts > k).sum()), k) for k in range(int(counts.max()))])
@@ -90,6 +96,20 @@ def make_units(
             part = slice(at, at + samples_per_shard)
             units.append(Unit(len(units), place, bucket, fps, rows[chosen[part]], starts[part], number[part]))
     return units
+
+
+def _drawn(index: Index, stages: list[StageConfig], data: DataConfig) -> dict[LatentBucket, Ints]:
+    """The rows of each bucket: those of any stage, since a stage with other buckets beside it draws others."""
+    drawn: dict[LatentBucket, Ints] = {}
+    for stage in stages:
+        assigned = assign(index, stage, data)
+        for shape, (bucket, fps) in buckets_of([stage]).items():
+            rows = assigned.rows[str(bucket)]
+            if not len(rows):
+                why = why_empty(index, stage, bucket, data)
+                raise UserError(f"stage {stage.name}: bucket {bucket} at fps={fps:g} is empty: {why}")
+            drawn[shape] = np.union1d(drawn.get(shape, rows), rows)
+    return drawn
 
 
 def _slack(index: Index, rows: Ints, bucket: BucketConfig, fps: float) -> Floats:

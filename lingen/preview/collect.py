@@ -9,14 +9,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from data.batch import Batch
-from data.buckets import eligible
-from data.pipeline import StageLoader, check_buckets, shape_of
+from data.counts import check_buckets
+from data.pipeline import StageLoader
 from data.shards import Index
-from lingen.autoencoders import Autoencoder, to_float
+from lingen.autoencoders import Autoencoder, psnr, to_float
 from lingen.config import BucketConfig, Config, StageConfig, latent_shape, token_grid
 from lingen.errors import UserError
 
@@ -39,7 +38,7 @@ class BucketView:
 
     bucket: BucketConfig
     steps: float  # share of the stage's steps
-    train: int  # samples that fill it
+    train: int  # samples of it
     held_out: int
     latents: tuple[int, int, int]  # T, h, w
     tokens: int
@@ -59,7 +58,7 @@ class StageView:
 
     stage: StageConfig
     buckets: list[BucketView]
-    unused: int  # samples that fill none of its buckets
+    none: dict[str, int]  # samples in none of its buckets, by the reason
 
 
 def view_stage(
@@ -96,24 +95,23 @@ def view_stage(
             raise UserError(loader.lost)
         found[str(batch.bucket)] = _samples(batch, row_of, autoencoder, device), loader.bad.copy()
         loader.bad.clear()
-    views, used = [], np.zeros(len(index), dtype=bool)
+    views = []
     for bucket in stage.buckets:
         name, size = str(bucket), (bucket.frames, bucket.height, bucket.width)
-        used[eligible(index, shape_of(bucket), fps=stage.fps, data=config.data)] = True
         shown, holes = found[name]
         views.append(
             BucketView(
                 bucket,
                 steps=bucket.share / total,
-                train=counts[name].train,
-                held_out=counts[name].holdout,
+                train=counts.buckets[name].train,
+                held_out=counts.buckets[name].holdout,
                 latents=latent_shape(config, *size),
                 tokens=math.prod(token_grid(config, *size)),
                 samples=shown,
                 holes=holes,
             )
         )
-    return StageView(stage, views, int((~used).sum()))
+    return StageView(stage, views, counts.none)
 
 
 @torch.no_grad()
@@ -123,7 +121,7 @@ def _samples(
     samples = []
     for n in torch.nonzero(batch.valid).flatten().tolist():  # one by one: memory is a clip's
         fed = batch.pixels[n] if batch.latents is None else None
-        decoded, psnr = None, None
+        decoded, quality = None, None
         if autoencoder is not None:
             latents = (
                 batch.latents[n : n + 1].to(device).float()
@@ -132,11 +130,6 @@ def _samples(
             )  # (1, C, T, h, w)
             pixels = autoencoder.decode(latents)[0].float().cpu()  # (3, F, H, W) in [-1, 1]
             decoded = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            psnr = None if fed is None else _psnr(to_float(fed), pixels)
-        samples.append(Sample(batch.keys[n], batch.captions[n], row_of[batch.keys[n]], fed, decoded, psnr))
+            quality = None if fed is None else psnr(float((to_float(fed) - pixels).double().square().mean()))
+        samples.append(Sample(batch.keys[n], batch.captions[n], row_of[batch.keys[n]], fed, decoded, quality))
     return samples
-
-
-def _psnr(first: torch.Tensor, second: torch.Tensor) -> float:
-    """In dB; the peak is 2: [-1, 1]."""
-    return 10 * math.log10(4 / max(float((first - second).double().square().mean()), 1e-12))

@@ -110,10 +110,17 @@ def stored_encoders(
         where: 'data.path=DIR', for messages.
 
     Raises:
-        UserError: the files are not there, or are of other encoders.
+        UserError: the files are not there, or are of other encoders; or ``dim`` is not the width of the states.
     """
     now = {name: load_fingerprint(name, encoder) for name, encoder in config.encoders.items()}
     refuse_other_text(before, now, f"made the states in {where}")
+    for name, encoder in config.encoders.items():
+        width = empty[name].shape[1]
+        if width != encoder.dim:
+            raise UserError(
+                f"text.encoders.{name}.dim={encoder.dim}, but the states in {where} are {width} wide; "
+                f"set text.encoders.{name}.dim={width}"
+            )
     return TextEncoders(
         {name: StoredEncoder(encoder, now[name], empty[name]) for name, encoder in config.encoders.items()}, device
     )

@@ -47,4 +47,6 @@ def test_a_run_trains_resumes_and_samples_in_its_latents(world: Any, tmp_path: P
     assert video.shape == (1, 3, 13, 48, 64) and video.dtype == torch.uint8
     pipeline.save_pretrained(tmp_path / "saved")
     moved.rename(tmp_path / "gone")
-    assert LinGenPipeline.from_pretrained(tmp_path / "saved").autoencoder.fingerprint == pipeline.autoencoder.fingerprint
+    assert (
+        LinGenPipeline.from_pretrained(tmp_path / "saved").autoencoder.fingerprint == pipeline.autoencoder.fingerprint
+    )

@@ -40,8 +40,8 @@ RUN = [  # two stages of four steps each
     "~stages.demo_video_128", "model=lingen", "validation.every_steps=0", "logger.console=false",
     "ema.halflife_samples=20",
     *(f"stages.{stage}.samples=16" for stage in STAGES), "stages.demo_image.buckets.0.batch_size=4",
-    "stages.demo_video.buckets=[{frames: 9, height: 32, width: 32, batch_size: 4},"
-    "{frames: 17, height: 32, width: 32, batch_size: 4, share: 0.5}]",
+    "stages.demo_video.buckets=[{frames: 17, height: 32, width: 32, batch_size: 4},"
+    "{frames: 1, height: 32, width: 32, batch_size: 4, share: 0.5}]",
 ]  # fmt: skip
 Way = tuple[int, list[str], int | None]  # processes, words, the step of a signal
 WAYS: list[Way] = [

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from data.batch import Batch
-from data.buckets import bucket_of_step, eligible, epoch_order, split, starts, stream_seed
-from data.pipeline import Position, StageLoader, shape_of
+from data.buckets import assign, bucket_of_step, epoch_order, split, starts, stream_seed
+from data.pipeline import Position, StageLoader
 from data.shards import Index
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from tests.conftest import ENVIRONMENT, ROOT
@@ -67,15 +67,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     def tell(_: Index, i: int, *, verify: bool = True) -> bytes:
         return struct.pack("<q", i)
 
-    def show(
-        media: bytes, *, frames: int, height: int, width: int, fps: float, start: float, **_: object
-    ) -> torch.Tensor:
-        pixels = torch.zeros(3, frames, height, width, dtype=torch.uint8)
-        pixels.view(-1)[:16] = torch.frombuffer(bytearray(media + struct.pack("<d", start)), dtype=torch.uint8)
-        return pixels
+    def show(clip: torch.Tensor, media: bytes, *, start: float, **_: object) -> None:
+        clip.zero_().view(-1)[:16] = torch.frombuffer(bytearray(media + struct.pack("<d", start)), dtype=torch.uint8)
 
     monkeypatch.setattr("data.workers.read_member", tell)
-    monkeypatch.setattr("data.workers.decode_clip", show)
+    monkeypatch.setattr("data.workers.decode_into", show)
 
 
 def merge(batches: list[Batch]) -> Step:
@@ -113,21 +109,22 @@ def live(
 def published(index: Index, steps: int) -> list[Step]:
     """What docs/data.md promises, said without the loader."""
     train, _ = split(index, data_config().holdout_share)
+    assigned = assign(index, STAGE, data_config()).rows
     taken: Counter[int] = Counter()
     promised = []
     for step in range(steps):
         n = bucket_of_step([bucket.share for bucket in BUCKETS], step)
         seed = stream_seed(SEED, STAGE.name, str(BUCKETS[n]))
-        fits = eligible(index, shape_of(BUCKETS[n]), fps=STAGE.fps, data=data_config())
-        members = fits[train[fits]]
+        rows = assigned[str(BUCKETS[n])]
+        members = rows[train[rows]]
         numbers = np.arange(taken[n], taken[n] + BUCKETS[n].batch_size)
         taken[n] += BUCKETS[n].batch_size
         orders = {
             epoch: epoch_order(members, index.shard, seed=seed, epoch=epoch, window_shards=2)
             for epoch in set((numbers // len(members)).tolist())
         }
-        rows = [int(orders[g // len(members)][g % len(members)]) for g in numbers.tolist()]
-        promised.append((str(BUCKETS[n]), list(zip(rows, starts(seed, numbers).tolist(), strict=True))))
+        drawn = [int(orders[g // len(members)][g % len(members)]) for g in numbers.tolist()]
+        promised.append((str(BUCKETS[n]), list(zip(drawn, starts(seed, numbers).tolist(), strict=True))))
     return promised
 
 
@@ -164,8 +161,8 @@ def test_no_sample_of_an_epoch_is_lost_or_repeated(tmp_path: Path) -> None:
         streams[name] += [row for row, _ in samples]
     train, _ = split(index, data_config().holdout_share)
     for bucket in BUCKETS:
-        fits = eligible(index, shape_of(bucket), fps=STAGE.fps, data=data_config())
-        members, seen = sorted(fits[train[fits]].tolist()), streams[str(bucket)]
+        rows = assign(index, STAGE, data_config()).rows[str(bucket)]
+        members, seen = rows[train[rows]].tolist(), streams[str(bucket)]
         assert len(seen) > 2 * len(members) and len(members) % bucket.batch_size
         for begin in range(0, len(seen) - len(members) + 1, len(members)):
             assert sorted(seen[begin : begin + len(members)]) == members
@@ -174,7 +171,7 @@ def test_no_sample_of_an_epoch_is_lost_or_repeated(tmp_path: Path) -> None:
 def test_the_end_of_an_epoch_costs_what_its_beginning_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 100,000 samples: as many reads, and about the time, until the first batch is there."""
     monkeypatch.undo()
-    monkeypatch.setattr("data.workers.decode_clip", lambda media, **shape: torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr("data.workers.decode_into", lambda clip, media, **_: clip.zero_())
     reads, pread = [], os.pread
 
     def counted(*where: Any) -> bytes:

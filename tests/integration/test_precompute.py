@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.decode import ClipInfo
+from data.buckets import assign
+from data.decode import ClipInfo, decode_clip, probe
+from data.encode import encode_mp4
 from data.shards import Index, Record, load_index, read_member, write_shards
 from data.writer import ShardWriter
 from lingen.compose import compose
+from lingen.config import DataConfig
 from lingen.dist import Place
 from lingen.errors import UserError
 from lingen.latents.folder import Folder
@@ -27,7 +30,7 @@ from tests.conftest import ENVIRONMENT, ROOT, World
 from tests.runs import Signal, lines
 
 VIDEO = ["stage=demo_video", "stage.buckets=[{frames: 17, height: 64, width: 64, batch_size: 8}]", "stage.samples=48"]
-Make = Callable[..., Path]
+SHARES = {17: 2, 9: 1, 1: 1}  # of the steps, by a bucket's frames
 
 
 def record(index: Index, n: int) -> Record:
@@ -88,6 +91,43 @@ def test_latents_give_the_losses_of_the_pixels(
     from_pixels = run("pixels", videos, *words)
     from_latents = run("latents", latents, *words, "data.workers=1")
     assert len(from_pixels[0]) == 6 and len(from_pixels[2]) >= 3
+    for ours, theirs in zip(from_latents, from_pixels, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def mixed(videos: Path, world: World) -> Path:
+    """Clips of 17 frames, then of 9, then images: 16 of each, a shard each, as their latents will lie."""
+    index, records = load_index(world.shards), []
+    for n in np.flatnonzero(index.frames > 1)[:32]:
+        if len(records) < 16:
+            records.append(record(index, n))
+            continue
+        pixels = decode_clip(read_member(index, n), frames=9, height=64, width=64, fps=8, start=0)
+        media = encode_mp4(pixels.permute(1, 2, 3, 0).contiguous().numpy(), 8.0)
+        records.append(Record(index.key[n], index.caption[n], media, "mp4", probe(media), ("txt", b"caption")))
+    records += [record(index, n) for n in np.flatnonzero(index.frames == 1)[:16]]
+    write_shards(records, videos.with_name("mixed"), samples_per_shard=16)
+    return videos.with_name("mixed")
+
+
+def test_latents_of_several_buckets_give_the_losses_of_the_pixels(
+    run: Callable[..., list[list[float]]], world: World, mixed: Path
+) -> None:
+    """A clip of 17 frames would do for 9, too; from either it is trained on in one bucket alone."""
+    shapes = [f"{{frames: {n}, height: 64, width: 64, batch_size: 4, share: {share}}}" for n, share in SHARES.items()]
+    words = ["stage=demo_video", f"stage.buckets=[{', '.join(shapes)}]", "stage.samples=32", "data.holdout_share=0.2"]
+    latents = mixed.with_name("mixed-latents")
+    said = make_latents(world, mixed, latents, *words, dtype="fp32")
+    assert "48 latents of 3 buckets in 3 shards" in said
+    stage = compose(["name=n", *world.words, *words]).stages["demo_video"]
+    for path in (mixed, latents):
+        index, data = load_index(path), DataConfig(path=str(path))
+        assert [rows.tolist() for rows in assign(index, stage, data).rows.values()] == [
+            list(range(16)), list(range(16, 32)), list(range(32, 48)),
+        ]  # fmt: skip
+    from_pixels, from_latents = (run(path.name, path, *words[1:], "logger.every_steps=1") for path in (mixed, latents))
+    assert len(from_pixels[0]) == 8
     for ours, theirs in zip(from_latents, from_pixels, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
 
@@ -221,6 +261,6 @@ def test_bad_words_are_refused(world: World, videos: Path, latents: Path, tmp_pa
         make_latents(world, videos, videos.with_name("videos"))
     with pytest.raises(UserError, match="was begun with dtype=fp32, not bf16"):
         make_latents(world, videos, latents, dtype="bf16", text_states=True)
-    with pytest.raises(UserError, match=r"bucket 65x64x64 at fps=8: no sample"):
+    with pytest.raises(UserError, match=r"bucket 65x64x64 at fps=8 is empty: .*8\.00 s of footage"):
         long = ["stage=demo_video", "stage.buckets=[{frames: 65, height: 64, width: 64, batch_size: 8}]"]
         make_latents(world, videos, tmp_path / "out", *long)

@@ -169,10 +169,13 @@ def test_a_checkpoint_of_another_stage_is_not_taken_for_ones_own(start: Start) -
         start()
 
 
-def test_another_rate_amid_a_stage_is_refused(start: Start) -> None:
+def test_another_rate_or_bucket_amid_a_stage_is_refused(start: Start) -> None:
     start(stop_at=6)
     with pytest.raises(UserError, match=r"stages\.demo_video\.fps=5, but .* is amid that stage at 8"):
         start("stages.demo_video.fps=5")
+    more = "[{frames: 9, height: 32, width: 32, batch_size: 4}, {frames: 1, height: 32, width: 32, batch_size: 4}]"
+    with pytest.raises(UserError, match=r"buckets are 9x32x32, 1x32x32, but .* is amid that stage with 9x32x32, which"):
+        start(f"stages.demo_video.buckets={more}")
 
 
 def test_another_init_from_under_the_same_name_is_refused(start: Start) -> None:

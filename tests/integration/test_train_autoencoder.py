@@ -19,7 +19,7 @@ from lingen.autoencoder_config import AutoencoderConfig
 from lingen.autoencoders import load_autoencoder, to_float
 from lingen.checkpoint import assemble
 from lingen.compose import compose, compose_run
-from lingen.config import BucketConfig, DataConfig
+from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 from lingen.loop import dry_run, train
 from lingen.tae_config import TaeRunConfig
@@ -109,12 +109,19 @@ def test_the_export_is_an_autoencoder_for_train(start: Start, world: Any, tmp_pa
     assert all(math.isfinite(record["loss"]) for record in lines(tmp_path / "video", "train"))
 
 
+def one_bucket() -> StageConfig:
+    bucket = BucketConfig(frames=1, height=32, width=32, batch_size=4)
+    return StageConfig(name="s", buckets=[bucket], samples=4, lr=1, fps=8)
+
+
 def test_latents_are_whitened_over_what_the_stage_draws(start: Start, world: Any) -> None:
     export = start("until=tae_demo_image", "export.samples=64") / "export" / "tae_demo_image"
     autoencoder = load_autoencoder(AutoencoderConfig(kind="tae", path=str(export), channels=4), "cpu")
-    bucket = BucketConfig(frames=1, height=32, width=32, batch_size=4)
+    stage = one_bucket()
     data = DataConfig(path=world.shards.as_posix(), workers=0, holdout_share=0.999)  # nearly all of them, in fact
-    batches = holdout_batches(load_index(world.shards), bucket, 8, data, limit=64, batch_size=64, rank=0, world=1)
+    batches = holdout_batches(
+        load_index(world.shards), stage, stage.buckets[0], data, limit=64, batch_size=64, rank=0, world=1
+    )
     latents = torch.cat([autoencoder.encode(batch.pixels[batch.valid]) for batch in batches])
     assert len(latents) > 50
     assert latents.mean((0, 2, 3, 4)).abs().max() < 0.3
@@ -234,8 +241,10 @@ def test_pixels_of_the_page_are_the_autoencoders(start: Start, world: Any) -> No
     """The PSNR of the page is that of what ``load_autoencoder`` gives."""
     export = start("until=tae_demo_image") / "export" / "tae_demo_image"
     autoencoder = load_autoencoder(AutoencoderConfig(kind="tae", path=str(export), channels=4), "cpu")
-    bucket, data = BucketConfig(frames=1, height=32, width=32, batch_size=4), DataConfig(path=str(world.shards))
-    batches = holdout_batches(load_index(world.shards), bucket, 8, data, limit=1, batch_size=1, rank=0, world=1)
+    stage, data = one_bucket(), DataConfig(path=str(world.shards))
+    batches = holdout_batches(
+        load_index(world.shards), stage, stage.buckets[0], data, limit=1, batch_size=1, rank=0, world=1
+    )
     pixels = next(batches).pixels
     error = (autoencoder.decode(autoencoder.encode(pixels)) - to_float(pixels)).square().mean().item()
     assert f"{10 * math.log10(4 / error):.2f} dB" in (export / "reconstruction.html").read_text()

@@ -7,11 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
+import fsspec
 import pytest
 
 from data.decode import BadSample, probe
 from data.remote import Source, Unreachable, is_remote, shown
 from data.shards import Index, load_index, read_member
+from data.video import open_media
 from lingen.errors import UserError
 
 
@@ -40,6 +43,18 @@ def test_commands(index: Index, mixed_shards: Path, tmp_path: Path, monkeypatch:
             broken.open(0)
 
 
+def test_an_object_store(index: Index, mixed_shards: Path, tmp_path: Path) -> None:
+    """What fsspec calls memory stands in for s3."""
+    store = fsspec.filesystem("memory")
+    store.put(str(mixed_shards), "/bucket/some clips", recursive=True)
+    far = load_index("memory://bucket/some clips/")
+    store.rm("/bucket/some clips/index.json")  # it is read once
+    assert far.shelf is not None
+    far = replace(far, shelf=replace(far.shelf, folder=tmp_path))
+    assert [read_member(far, n) for n in range(len(far))] == [read_member(index, n) for n in range(len(far))]
+    store.rm("/bucket", recursive=True)
+
+
 @pytest.mark.parametrize(
     ("base", "problem"),
     [
@@ -62,7 +77,19 @@ def test_which_paths_are_bases_and_what_is_shown_of_them() -> None:
     assert Source("https://host/a/?sig=x").url("b c.tar") == "https://host/a/b%20c.tar?sig=x"
 
 
-def test_no_pickle_is_read() -> None:
-    """A member that is neither a picture nor a video is refused by its content."""
+@pytest.mark.parametrize(
+    "media",
+    [
+        b"\x80\x04\x95" + bytes(100),  # a pickle
+        b"ffconcat version 1.0\nfile clip.mp4\n",  # names a file to read
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",  # a port to listen on
+        b"1\n00:00:00,000 --> 00:00:01,000\nwords\n\n",  # subtitles
+        b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    ],
+)
+def test_only_pictures_and_videos_are_read(media: bytes) -> None:
+    """By content, and FFmpeg's formats that are no containers of video are not even asked."""
     with pytest.raises(BadSample):
-        probe(b"\x80\x04\x95" + bytes(100))
+        probe(media)
+    with pytest.raises((av.ArgumentError, av.InvalidDataError)):
+        open_media(media)

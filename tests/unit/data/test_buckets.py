@@ -134,3 +134,24 @@ def test_a_step_draws_from_what_is_due_in_turn(shares: list[float]) -> None:
     asked = [*range(1000), *range(10_000, 100_000, 997)]
     assert [bucket_of_step(shares, step) for step in asked] == [due[step][1] for step in asked]
     assert bucket_of_step(shares, 10**12) in range(len(shares))  # at once
+
+
+@pytest.mark.parametrize(
+    ("shares", "cycle"),
+    [
+        ([3.0, 1.0], [3, 1]),
+        ([0.75, 0.25], [3, 1]),
+        ([0.7, 0.2, 0.1], [7, 2, 1]),
+        ([1.5, 3.0, 1.0], [3, 6, 2]),
+        ([1.0, 1e-3], [1000, 1]),
+        ([1 / 3, 2 / 3], [1, 2]),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1, 10**6])  # cycles
+def test_each_cycle_has_every_share_exactly(shares: list[float], cycle: list[int], before: int) -> None:
+    """Three steps of video to one of images are three to one, not nearly so, after each four."""
+    length = sum(cycle)
+    drawn = [bucket_of_step(shares, step) for step in range(before * length, (before + 3) * length)]
+    for n in range(3):
+        counts = np.bincount(drawn[n * length : (n + 1) * length], minlength=len(shares))
+        assert counts.tolist() == cycle

@@ -8,7 +8,8 @@ import pytest
 
 from data.batch import Batch
 from data.buckets import split
-from data.pipeline import StageLoader, check_buckets, holdout_batches
+from data.counts import check_buckets
+from data.pipeline import StageLoader, holdout_batches
 from data.shards import Index
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
@@ -22,6 +23,7 @@ STAGE = StageConfig(
     lr=1e-3,
     fps=8,
 )
+VIDEO = STAGE.buckets[1]
 
 
 @pytest.mark.parametrize(
@@ -41,19 +43,20 @@ def test_an_empty_bucket_is_refused(
 
 
 def test_check_buckets(index: Index, data_config: MakeConfig) -> None:
-    counts = check_buckets(index, [STAGE], data_config())["stage"]
-    assert sum(counts["1x8x8"]) == IMAGES and sum(counts["5x8x8"]) == CLIPS
-    assert counts["5x8x8"].holdout > 0
-    nothing = check_buckets(index, [STAGE], data_config(holdout_share=0.0))["stage"]
-    assert nothing["5x8x8"] == (CLIPS, 0)
+    counts, none = check_buckets(index, [STAGE], data_config())["stage"]
+    images, clips = counts["1x8x8"], counts["5x8x8"]
+    assert images.train + images.holdout == IMAGES and clips.train + clips.holdout == CLIPS
+    assert clips.holdout > 0 and not none
+    nothing = check_buckets(index, [STAGE], data_config(holdout_share=0.0))["stage"].buckets
+    assert nothing["5x8x8"] == (CLIPS, 0, "")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_holdout_is_one_fixed_set_for_every_world(index: Index, data_config: MakeConfig, world: int) -> None:
-    bucket, data = BucketConfig(frames=5, height=8, width=8, batch_size=1), data_config(holdout_share=0.5)
+    data = data_config(holdout_share=0.5)
 
     def batches(rank: int, world: int, limit: int = 7) -> list[Batch]:
-        return list(holdout_batches(index, bucket, 8.0, data, limit=limit, batch_size=2, rank=rank, world=world))
+        return list(holdout_batches(index, STAGE, VIDEO, data, limit=limit, batch_size=2, rank=rank, world=world))
 
     def valid_rows(some: list[Batch]) -> dict[int, tuple[str, bytes]]:
         return {
@@ -78,6 +81,5 @@ def test_holdout_is_one_fixed_set_for_every_world(index: Index, data_config: Mak
 
 
 def test_holdout_of_nothing_is_empty(index: Index, data_config: MakeConfig) -> None:
-    bucket = BucketConfig(frames=5, height=8, width=8, batch_size=1)
     data = data_config(holdout_share=0.0)
-    assert list(holdout_batches(index, bucket, 8.0, data, limit=7, batch_size=2, rank=0, world=2)) == []
+    assert list(holdout_batches(index, STAGE, VIDEO, data, limit=7, batch_size=2, rank=0, world=2)) == []

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from data.batch import Batch, Bucket
-from data.decode import decode_clip
+from data.decode import decode_into
 from data.keeper import WorkerError
 from data.shards import Index, read_member
 from data.workers import PADDING, Hole, Job, decode
@@ -58,12 +58,12 @@ def break_decoder(monkeypatch: pytest.MonkeyPatch, index: Index, keys: list[str]
     """Have ``harm(key)`` called before these samples are decoded; workers are forks, so they have it too."""
     media = {read_member(index, index.key.index(key)): key for key in keys}
 
-    def decode_or_break(some: bytes, **words: Any) -> torch.Tensor:
+    def decode_or_break(clip: torch.Tensor, some: bytes, **words: Any) -> None:
         if some in media:
             harm(media[some])
-        return decode_clip(some, **words)
+        decode_into(clip, some, **words)
 
-    monkeypatch.setattr("data.workers.decode_clip", decode_or_break)
+    monkeypatch.setattr("data.workers.decode_into", decode_or_break)
 
 
 def crash(_: str) -> None:
@@ -145,10 +145,10 @@ def test_a_bug_and_a_wrong_setting_are_raised(
     for workers in (0, 1):
         for error, expected in ((ZeroDivisionError("bug"), WorkerError), (UserError("data.key=1"), UserError)):
 
-            def fail(media: bytes, error: Exception = error, **_: Any) -> torch.Tensor:
+            def fail(*_: Any, error: Exception = error, **__: Any) -> None:
                 raise error
 
-            monkeypatch.setattr("data.workers.decode_clip", fail)
+            monkeypatch.setattr("data.workers.decode_into", fail)
             with pytest.raises(expected, match=str(error)):
                 next(decode(index, data_config(workers=workers), iter(make_jobs(index))))
             assert not multiprocessing.active_children()
@@ -182,8 +182,8 @@ def test_batches_hold_no_files_open(index: Index, data_config: MakeConfig) -> No
     open_files = len(list(Path("/proc/self/fd").iterdir()))
     kept = list(decode(index, data_config(workers=2), iter(make_jobs(index, batch=2))))
     assert len(kept) > 10
-    # A batch in use is a mapped file of its own, and holds one handle.
-    assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + len(kept) + 2
+    # A batch in use lies in a block of its own, which holds two handles.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 2 * len(kept) + 2
     kept.clear()
     assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 2
 
@@ -193,11 +193,12 @@ import json, sys, time
 import psutil
 from data.pipeline import holdout_batches
 from data.shards import load_index
-from lingen.config import BucketConfig, DataConfig
+from lingen.config import BucketConfig, DataConfig, StageConfig
 index, data = load_index(sys.argv[1]), DataConfig(path=sys.argv[1], workers=2, holdout_share=0.5)
 bucket = BucketConfig(frames=1, height=8, width=8, batch_size=2)
+stage = StageConfig(name="s", buckets=[bucket], samples=8, lr=1, fps=8)
 loaders = [
-    holdout_batches(index, bucket, 8.0, data, limit=16, batch_size=2, rank=0, world=1) for _ in "ab"
+    holdout_batches(index, stage, bucket, data, limit=16, batch_size=2, rank=0, world=1) for _ in "ab"
 ]  # the second one's processes inherit what the first one's talk through
 for batches in [*loaders, *loaders]:
     next(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from data.batch import Bucket
 from data.buckets import eligible
 from data.decode import BadSample, ClipInfo
 from data.index_file import INDEX, IndexFile, LatentBucket, Latents, StoredStates
-from data.latents import Layout, check_of, has_bucket, pack, read_empty, read_latents, refuse_latents
+from data.latents import Layout, check_of, has_bucket, pack, read_empty, read_into, refuse_latents
 from data.pipeline import holdout_batches
-from data.shards import Index, load_index
+from data.shards import Index, LostShard, load_index
 from data.writer import ShardWriter, Window
-from lingen.config import BucketConfig, DataConfig
+from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
 
 BUCKET = Bucket(5, 16, 32)
@@ -41,8 +42,8 @@ def sample(seed: int, tokens: int = 2) -> tuple[torch.Tensor, dict[str, torch.Te
 def write(folder: Path, members: list[bytes], latents: Latents | None = None) -> Index:
     """A folder of one shard."""
     folder.mkdir()
-    checks = [check_of(member) for member in members]
-    index = IndexFile(latents=(latents or about()).model_copy(update={"checks": checks}))
+    more = {"checks": [check_of(member) for member in members], "sources": [(1.0, 20, 40)] * len(members)}
+    index = IndexFile(latents=(latents or about()).model_copy(update=more))
     writer = ShardWriter(folder)
     for n, member in enumerate(members):
         window = Window(f"clip-{n}@x", f"caption {n}", ClipInfo(5, 8.0, 16, 32), 1.0, 2.0)
@@ -53,6 +54,18 @@ def write(folder: Path, members: list[bytes], latents: Latents | None = None) ->
     index.samples = written[1]
     (folder / INDEX).write_bytes(index.to_json())
     return load_index(folder)
+
+
+def read_latents(index: Index, i: int, *, verify: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A sample's latents and states, read into memory that held something else before."""
+    assert index.latents is not None
+    layout = Layout(index.latents, BUCKET)
+    memory = torch.full((2 * layout.bytes,), 0xAA, dtype=torch.uint8)
+    read_into(memory, 1, index, i, layout, verify=verify)
+    assert (memory[: layout.bytes] == 0xAA).all()
+    layout.clear(memory, 0)
+    latents, states = layout.read(memory)
+    return latents[1], states.rows()[1] if states else {}
 
 
 def test_a_member_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -72,8 +85,9 @@ def test_a_batch_holds_latents_states_and_empty_holes(tmp_path: Path, workers: i
     index = write(tmp_path / "latents", members, about(holdout_share=0.99))
     data = DataConfig(path=str(index.path), workers=workers, holdout_share=0.9999)
     shape = BucketConfig(frames=5, height=16, width=32, batch_size=1)
+    stage = StageConfig(name="s", buckets=[shape], samples=1, lr=1, fps=8)
     log = tmp_path / "bad.jsonl"
-    batches = list(holdout_batches(index, shape, 8.0, data, limit=6, batch_size=4, rank=0, world=1, bad_log=log))
+    batches = list(holdout_batches(index, stage, shape, data, limit=6, batch_size=4, rank=0, world=1, bad_log=log))
     seen = 0
     for batch in batches:
         assert batch.latents is not None and batch.states is not None and batch.lost is None
@@ -121,6 +135,65 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     with pytest.raises(BadSample, match="wrong checksum"):
         read_latents(index, 0)
     read_latents(index, 0, verify=False)
+    with (index.shard_paths[0]).open("r+b") as shard:
+        shard.seek(int(index.offset[0] + 8))
+        shard.write(b"\x55")  # of the header
+    with pytest.raises(BadSample, match="wrong checksum"):
+        read_latents(index, 0)
+    with pytest.raises(BadSample, match="no safetensors"):
+        read_latents(index, 0, verify=False)
+
+
+def test_the_sha256_decides_where_the_check_differs(tmp_path: Path) -> None:
+    latents, tokens = sample(0)
+    index = write(tmp_path / "latents", [pack(latents, tokens, "print")])
+    assert index.latents is not None
+    index.latents.checks[0] ^= 1
+    got, states = read_latents(index, 0)
+    assert torch.equal(got, latents) and torch.equal(states["t5"], tokens["t5"])
+
+
+@pytest.mark.parametrize("counts", [(0, 3), (1, 1), (2, 3), (3, 0)])
+def test_parts_that_begin_amid_a_word(tmp_path: Path, counts: tuple[int, int]) -> None:
+    """Tokens of 10 and of 6 bytes: the check is of the whole all the same, and no copy of the member is made."""
+    text = {name: StoredStates(fingerprint=name, length=3, dim=dim, dtype="bf16") for name, dim in (("a", 5), ("b", 3))}
+    tokens = {name: torch.randn(count, text[name].dim).bfloat16() for name, count in zip("ab", counts, strict=True)}
+    latents = sample(0)[0]
+    index = write(tmp_path / "latents", [pack(latents, tokens, "print")], about(text=text))
+    for wrong in ("00" * 32, index.sha256[0]):
+        got, states = read_latents(replace(index, sha256=[wrong]), 0)
+        assert torch.equal(got, latents) and all(torch.equal(states[name], tokens[name]) for name in text)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"latents":{"dtype":"F16","shape":[3,2,2,4],"data_offsets":[8,104]}}',
+        '{"latents":{"dtype":"F16","shape":[3,2,2,4],"data_offsets":[0,90]}}',
+        '{"latents":{"dtype":"F16","shape":[3,2,2,4.0],"data_offsets":[0,96]}}',
+        '{"latents":{"dtype":"F16","shape":[3,-2,-2,4],"data_offsets":[0,96]}}',
+        '{"latents":{"dtype":["F16"],"shape":[3,2,2,4],"data_offsets":[0,96]}}',
+        '{"latents":{"dtype":"F16","shape":[3,2,2,4]}}',
+        '{"latents":7}',
+        "[]",
+        "7",
+        "[" * 5000,
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, header: str) -> None:
+    member = len(header).to_bytes(8, "little") + header.encode() + bytes(96)
+    index = write(tmp_path / "latents", [member], about(text={}))
+    with pytest.raises(BadSample, match="no safetensors"):
+        read_latents(index, 0)
+
+
+def test_a_shard_that_was_cut_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.time.sleep", lambda _: None)
+    index = write(tmp_path / "latents", [pack(*sample(0), "print")])
+    with index.shard_paths[0].open("r+b") as shard:
+        shard.truncate(int(index.offset[0] + index.bytes[0] - 1))
+    with pytest.raises(LostShard, match="it was cut"):
+        read_latents(index, 0)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4096, 4099])
@@ -140,7 +213,12 @@ def test_a_layout_keeps_samples_apart() -> None:
     memory = torch.full((3 * layout.bytes,), 0xAA, dtype=torch.uint8)
     made = [sample(n) for n in range(3)]
     for n in (2, 0, 1):
-        layout.fill(memory, n, *made[n])
+        member = pack(*made[n], "print")
+
+        def read(part: memoryview, at: int, member: bytes = member) -> None:
+            part[:] = member[at : at + len(part)]
+
+        assert layout.fill(memory, n, len(member), read, verify=True) == check_of(member)
     latents, states = layout.read(memory)
     assert states is not None and torch.equal(latents, torch.stack([one for one, _ in made]))
     assert all(torch.equal(row["t5"], tokens["t5"]) for row, (_, tokens) in zip(states.rows(), made, strict=True))

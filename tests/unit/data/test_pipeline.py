@@ -18,7 +18,8 @@ import torch
 
 from data.batch import Batch, Bucket
 from data.buckets import epoch_order, split, stream_seed
-from data.pipeline import Position, StageLoader, check_buckets, holdout_batches, rank_slices
+from data.counts import check_buckets
+from data.pipeline import Position, StageLoader, holdout_batches, rank_slices
 from data.shards import Index, load_index, read_member
 from lingen.config import BucketConfig, DataConfig, StageConfig
 from lingen.errors import UserError
@@ -161,7 +162,7 @@ def test_resuming_far_on_reads_nothing_before(
         return read_member(index, n, **kwargs)
 
     monkeypatch.setattr("data.workers.read_member", counted)
-    train = check_buckets(index, [make_stage()], data_config())["stage"]["1x8x8"].train
+    train = check_buckets(index, [make_stage()], data_config())["stage"].buckets["1x8x8"].train
     far = Position(2 * 10**6, {"1x8x8": train * 10**5 - 3, "5x8x8": 7})
     stage = make_stage(samples=10**9)
     loader = make_loader(index, stage, data_config(), position=far)
@@ -258,7 +259,7 @@ def test_a_shard_that_vanishes_is_lost_and_no_hole(
         seen.add(loader.lost)
     assert seen == {problem, None} and not loader.bad  # nothing is said against the samples
     bucket, half = make_stage().buckets[0], data_config(holdout_share=0.5)
-    held_out = list(holdout_batches(hurt, bucket, 8.0, half, limit=30, batch_size=5, rank=0, world=1))
+    held_out = list(holdout_batches(hurt, make_stage(), bucket, half, limit=30, batch_size=5, rank=0, world=1))
     assert {batch.lost for batch in held_out} == {problem, None}
     (tmp_path / "away").rename(shard)
     assert not any(batch.lost for (batch,) in make_loader(hurt, make_stage(samples=200), data_config()))

@@ -275,9 +275,31 @@ def test_shards_may_lie_elsewhere_than_their_index(server: Server, index: Index,
     assert "secret" not in str(caught.value) and "503" in str(caught.value)
 
 
-def test_an_index_that_is_not_there(server: Server) -> None:
+def test_an_index_names_no_command(index: Index, tmp_path: Path) -> None:
+    """Whoever made a data set must not run what they like."""
+    content = json.loads((index.path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**content, "root": f"pipe:touch {tmp_path}/{{}}"}))
+    with pytest.raises(UserError, match=r"names a command as its root; only data\.path may name one"):
+        load_index(tmp_path)
+
+
+def test_an_index_that_is_not_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.remote.PAUSES", (60.0,))  # nobody waits for it
     with pytest.raises(UserError, match=r"data\.path=http://127.*/none.*there is no such file"):
         load_index(f"http://user:secret@{server.url.removeprefix('http://')}/none?sig=secret")
+
+
+def test_what_an_orphan_still_writes_goes_nowhere(server: Server, tmp_path: Path, index: Index) -> None:
+    """A command outlives the process that was killed while it waited for it."""
+    far = shelved(load_index(server.url), tmp_path)
+    assert far.shelf is not None
+    part = tmp_path / far.fingerprint[:16] / f"{far.shards[0]}.part"
+    part.parent.mkdir()
+    with part.open("wb", buffering=0) as orphan:
+        far.shelf.open(0).close()
+        orphan.write(b"more")
+    with far.shelf.open(0) as stream:
+        assert stream.read() == (index.path / far.shards[0]).read_bytes()
 
 
 FETCH = """

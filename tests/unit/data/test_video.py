@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from data.decode import BadSample, decode_clip, probe
-from data.video import CHUNK_BYTES, Frames, open_media, open_video
+from data.video import CHUNK_BYTES, Frames, _decode, open_media, open_video
 
 X264 = "log-level=none:threads=1:mbtree=0"  # the same file each time
 H264 = {"crf": "10", "x264-params": f"bframes=2:keyint=8:{X264}"}
@@ -52,10 +53,11 @@ def encode(
     turned: float | None = None,
     audio: bool = False,
     rate: int = 25,
+    muxing: dict[str, str] | None = None,
 ) -> bytes:
     """A ``drawing`` of ``shape`` (F, H, W) as a file."""
     out = io.BytesIO()
-    with av.open(out, "w", format=container) as made:
+    with av.open(out, "w", format=container, options=muxing or {}) as made:
         stream: Any = made.add_stream(codec, rate=rate, options=H264 if options is None else options)
         stream.height, stream.width, stream.pix_fmt = shape[1], shape[2], pixels
         if turned is not None:
@@ -100,9 +102,14 @@ OTHERS = {
     "hevc with open groups": {"codec": "libx265", "options": {"x265-params": "log-level=none:keyint=8:crf=10"}},
     "h264 10 bit": {"pixels": "yuv420p10le"},
     "h264 interlaced": {"options": {"x264-params": f"tff=1:keyint=8:{X264}"}},
+    "h264 in fragments": {
+        "options": {"crf": "10", "x264-params": f"bframes=2:keyint=2:{X264}"},
+        "muxing": {"movflags": "+frag_keyframe+empty_moov"},
+    },
     "h264 matroska": {"container": "matroska"},
     "h264 ts": {"container": "mpegts"},
     "h264 avi": {"container": "avi"},
+    "frames that stay, avi": PLAIN["mpeg4"] | {"container": "avi", "rate": 50, "stamps": range(0, 48, 2)},
     "hevc 10 bit": {"codec": "libx265", "pixels": "yuv420p10le", "options": HEVC},
     "vp9 odd webm": {"codec": "libvpx-vp9", "shape": (24, 37, 51), "container": "webm", "options": {"crf": "10"}},
     "vp8 webm": {"codec": "libvpx", "container": "webm", "options": {"auto-alt-ref": "1", "lag-in-frames": "9"}},
@@ -213,6 +220,12 @@ def test_a_wrong_duration_in_the_header() -> None:
         decode_clip(media, frames=20, height=32, width=32, fps=8, start=0)
 
 
+def test_an_avi_that_was_cut() -> None:
+    media = encode(**OTHERS["frames that stay, avi"])
+    with pytest.raises(BadSample, match="truncated"):
+        probe(media[: len(media) * 9 // 10])
+
+
 def test_sound_alone_and_a_cover_picture_are_no_video() -> None:
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as made:
@@ -267,11 +280,37 @@ def test_a_hundred_thousand_frames_are_not_decoded() -> None:
 def test_pictures_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     media = encode(pixels="yuv444p")
     monkeypatch.setattr("data.video.CHUNK_BYTES", 5 * 64 * 96 * 3)
-    for decoder in ("decord", "pyav"):
+    for decoder, expected in (("decord", [5, 5, 2]), ("pyav", 12 * [1])):
         with open_video(media) as video:
             sizes = [len(piece.frames) for piece in video.frames(list(range(12)), decoder)]
-        assert sizes == [5, 5, 2]
+        assert sizes == expected
     assert CHUNK_BYTES > 3840 * 2160 * 3
+
+
+def test_groups_between_two_frames_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def counted(*words: Any) -> Iterator[av.VideoFrame]:
+        for frame in _decode(*words):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr("data.video._decode", counted)
+    media = encode(shape=(40, 64, 96), options={"crf": "10", "x264-params": f"keyint=4:bframes=0:{X264}"})
+    for picked, cost in (([1, 37], 4), ([1, 5], 6), ([1, 9, 10, 38], 2 + 3 + 3), ([39], 4)):
+        decoded.clear()
+        assert [number(picture) for picture in read(media, picked)] == picked
+        assert len(decoded) == cost
+
+
+def test_what_decodes_ahead_ends_with_its_user() -> None:
+    media = encode()
+    for _ in range(20):
+        with open_video(media) as video:
+            pieces = video.frames(list(range(24)))
+            next(pieces)
+            pieces.close()
+    assert threading.active_count() == 1
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

@@ -138,3 +138,15 @@ def test_wrong_script_words(word: str, part: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(Words, [word])
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_names_every_word(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    class Words(BaseModel):
+        out: str
+        steps: int = 3
+
+    with pytest.raises(SystemExit) as ended:
+        parse(Words, [word])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.endswith("  out=...\n  steps=3\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from lingen import diffusion
 from lingen.compose import compose
 from lingen.config import Config
 from lingen.errors import UserError
-from lingen.plan import Plan, make_plan, print_plan, refuse_too_large
+from lingen.plan import Plan, make_plan, print_plan, refuse_impossible, refuse_too_large, samples_of
 
 CPU = torch.device("cpu")
 
@@ -80,3 +81,38 @@ def test_memory_that_cannot_be_worked_out_stops_nothing(
     print_plan(config, plan)
     assert "not predicted: AttributeError: 'Autotuner' object" in capsys.readouterr().out
     assert plan == replace(plan, world=1) and all(stage.memory is None for stage in plan.stages)
+
+
+def test_what_is_in_no_bucket_is_told(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    video = "stage.buckets=[{frames: 17, height: 64, width: 64, batch_size: 8}]"
+    config = config_of(world, "stage=demo_video", video)
+    plan = make_plan(config, load_index(world.shards), world=1, device="cpu")
+    print_plan(config, plan)
+    left_out = "in no bucket: 64 images, and no bucket has one frame"
+    assert f"demo_video: {left_out}\n" in capsys.readouterr().out
+    own = plan.stages[0].buckets[0].count
+    assert own.train + own.holdout == 64
+    line = f"demo_video: samples of 17x64x64 {own.train} (held out {own.holdout}); {left_out}"
+    assert samples_of(plan.stages[0]) == line
+
+
+def test_a_bucket_that_another_leaves_nothing_is_refused(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    two = "{frames: 17, height: 32, width: 32, batch_size: 4}, {frames: 17, height: 64, width: 64, batch_size: 4}"
+    config = config_of(world, "stage=demo_video", f"stage.buckets=[{two}]")
+    plan = make_plan(config, load_index(world.shards), world=1, device="cpu")
+    why = r"the 64 samples in .* are all nearer to 17x64x64 \(64\); add some of 2.00 s of about 32x32"
+    with pytest.raises(UserError, match=f"stages.demo_video.buckets: bucket 17x32x32 is empty: {why}"):
+        refuse_impossible(config, plan, 1)
+    print_plan(config, plan)
+    assert re.search(f"empty bucket: stages.demo_video 17x32x32: {why}", capsys.readouterr().out)
+
+
+def test_a_budgets_batch_that_the_ranks_do_not_divide_names_the_multiple(world: Any) -> None:
+    shapes = "{frames: 17, height: 64, width: 64}, {frames: 1, height: 64, width: 64}"
+    words = ["stage=demo_video", f"stage.buckets=[{shapes}]", "stage.token_budget=480"]  # 10 and 30 samples
+    config = config_of(world, *words)
+    plan = make_plan(config, load_index(world.shards), world=4, device="cpu")
+    with pytest.raises(UserError, match=r"17x64x64 has batch_size=10, .* of 4 ranks .*; set .*batch_multiple=4"):
+        refuse_impossible(config, plan, 4)
+    mended = config_of(world, *words, "stage.batch_multiple=4").stages["demo_video"]
+    assert [bucket.batch_size for bucket in mended.buckets] == [8, 28]

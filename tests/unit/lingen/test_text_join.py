@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from lingen.compose import compose
+from lingen.diffusion import DiffusionInputs
 from lingen.errors import UserError
 from lingen.flow import draw_left_out
 from lingen.runfolder import architecture, other_experiment
@@ -171,3 +173,10 @@ def test_other_fingerprints_are_refused() -> None:
         refuse_other_text({"t5": "a", "clip": "b"}, {"t5": "a", "clip": "c"}, "DIR was trained with")
     with pytest.raises(UserError, match=r"text\.encoders\.clip: .*fingerprint none"):
         refuse_other_text({"t5": "a", "clip": "b"}, {"t5": "a"}, "DIR was trained with")
+
+
+def test_all_ranks_must_have_the_same_encoders(encoders: TextEncoders) -> None:
+    autoencoder: Any = SimpleNamespace(fingerprint="a")
+    inputs = DiffusionInputs(compose(BASE), cast(Any, None), autoencoder, encoders)
+    found = {f"text.encoders.{name}": fingerprint for name, fingerprint in encoders.fingerprints.items()}
+    assert len(found) == 3 and inputs.frozen() == {"autoencoder": "a", **found}

@@ -68,12 +68,22 @@ def test_reconstructions_are_the_autoencoders_own(world: World) -> None:
     autoencoder = load_autoencoder(config.autoencoder, "cpu")
     view = view_stage(config, stage, load_index(world.shards), autoencoder, torch.device("cpu"), samples=2)
     video, image = view.buckets
-    assert (video.train + video.held_out, image.train + image.held_out, view.unused) == (64, 64, 0)
+    assert (video.train + video.held_out, image.train + image.held_out, view.none) == (64, 64, {})
     assert video.latents == (3, 8, 8) and video.tokens == 48 and video.steps == 0.75
     for sample in video.samples + image.samples:
         assert sample.fed is not None and sample.decoded is not None and sample.psnr is not None
         error = (sample.fed.double() - sample.decoded.double()).square().mean()
         assert sample.psnr == pytest.approx(float(10 * torch.log10(255**2 / error)), abs=0.1)
+
+
+def test_the_page_counts_each_bucket_and_what_is_in_none(world: World, tmp_path: Path) -> None:
+    words = [f"data={world.shards}", f"out={tmp_path / 'page.html'}", "samples=1", "data.holdout_share=0", *VIDEO]
+    main([*words, "stage.buckets=[{frames: 17, height: 64, width: 64, batch_size: 8}]"])
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>0</td><td>64</td>" in page and "In no bucket: 64 images, and no bucket has one frame." in page
+    two = "{frames: 9, height: 64, width: 64, batch_size: 8}, {frames: 17, height: 64, width: 64, batch_size: 8}"
+    with pytest.raises(UserError, match=r"bucket 9x64x64 is empty: .* nearer to 17x64x64 \(64\)"):
+        main([*words, f"stage.buckets=[{two}]"])
 
 
 def test_a_caption_cannot_become_html_and_no_autoencoder_is_needed(tmp_path: Path) -> None:

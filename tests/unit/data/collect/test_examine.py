@@ -187,3 +187,8 @@ def test_words_that_leave_nothing() -> None:
         parse(Words, ["input=a", "output=b", "min_seconds=3", "max_seconds=2"])
     with pytest.raises(UserError, match="min_luma=300"):
         parse(Words, ["input=a", "output=b", "min_luma=300"])
+
+
+def test_paths_that_are_no_text() -> None:
+    with pytest.raises(UserError, match=r"input=.*the path is not UTF-8"):
+        parse(Words, ["input=a\udcff", "output=b"])

@@ -58,7 +58,7 @@ def test_they_are_indexed_where_they_lie(foreign: Path, make: Make) -> None:
     assert index.caption == ["clip 0", "clip 1", "clip 2", "ein Bild: 猫"]
     assert [read_member(index, n) for n in range(4)] == [*(CLIP + bytes(n) for n in range(3)), image()]
     assert index.frames.tolist() == [9, 9, 9, 1] and index.root == foreign.resolve()
-    assert rejected(out) == [("more/00000.tar", "missing caption")]
+    assert rejected(out) == [("more/00000.tar:000000001", "missing caption")]
     assert not list(out.glob("*.tar"))
     assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in foreign.rglob("*.*")}
     (foreign / "00000.tar").write_bytes(b"")
@@ -130,12 +130,31 @@ def test_names_and_members_that_lead_elsewhere_are_refused(tmp_path: Path, make:
             ("0.tar:pipe.mp4", "not a plain file"),
             ("0.tar:hard.mp4", "not a plain file"),
             ("0.tar:words", "neither a video nor an image"),
-            ("0.tar", "empty file"),
+            ("0.tar:empty", "empty file"),
             ("1.tar", "path leaves the input folder"),
             ("2.tar", "damaged shard"),
         ]
     )
     assert {path.name for path in tmp_path.rglob("*evil*")} == set()
+
+
+def test_names_that_are_no_text(tmp_path: Path, make: Make) -> None:
+    """Of members, of shards, and of a link that leads nowhere."""
+    root = tmp_path / "theirs"
+    root.mkdir()
+    with tarfile.open(root / "0.tar", "w") as tar:
+        for key in ("good", "bad\udcff"):
+            add(tar, f"{key}.mp4", CLIP)
+            add(tar, f"{key}.txt", b"words")
+    (root / "bad\udcff.tar").write_bytes((root / "0.tar").read_bytes())
+    (root / "gone.tar").symlink_to(root / "nowhere.tar")
+    out = make(root, max_bad_share=1.0)
+    assert load_index(out).key == ["0/good"] and load_index(out).shards == ["0.tar"]
+    assert rejected(out) == [
+        ("0.tar:bad\\udcff", "bad path"),
+        ("bad\\udcff.tar", "bad path"),
+        ("gone.tar", "cannot be read"),
+    ]
 
 
 def test_shards_and_loose_files_are_not_mixed(foreign: Path, make: Make) -> None:

@@ -66,6 +66,24 @@ def test_a_decoder_that_crashes_costs_one_file(folder: Path, make: Make, monkeyp
     assert [key[-2:] for key in load_index(out).key] == [f"{n:02d}" for n in range(12) if n != 3]
 
 
+def test_names_that_are_no_text(folder: Path, make: Make) -> None:
+    (folder / "bad\udcff.mp4").write_bytes((folder / "clip-00.mp4").read_bytes())
+    (folder / "bad\udcff.txt").write_text("words")
+    lines = [{"path": "half\ud800.mp4", "caption": "words"}, {"path": "clip-00.mp4", "caption": "good"}]
+    (folder.parent / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert rejected(make(folder, max_bad_share=0.1)) == [("bad\\udcff.mp4", "bad path")]
+    out = make(folder, "named", manifest=str(folder.parent / "rows.jsonl"))
+    assert len(rejected(out)) == 1 and load_index(out).key == ["clip-00"]
+    assert "bad\\udcff" in (folder.parent / "out" / "report.html").read_text()
+
+
+def test_a_bad_video_in_many_windows_is_one_bad_sample(folder: Path, make: Make) -> None:
+    (folder / "clip-00.mov").write_bytes((folder / "clip-00.mp4").read_bytes())
+    out = make(folder, window_seconds=0.25, max_bad_share=0.1)
+    assert [reason for _, reason in rejected(out) if reason != "too short"] == ["duplicate key"] * 4
+    assert [step["bad"] for step in steps(out)] == [1]
+
+
 def die(where: str, left: int, words: Words) -> None:
     """Collect, and be killed by the ``left``-th call of a function: before it, or just behind it."""
     owners = {"_take": data.collect.run._Run, "close": ShardWriter, "add": Journal}
@@ -93,8 +111,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(folder: Path, tmp_path:
     out = tmp_path / "killed"
     given = Words.model_validate({"input": str(folder), "output": str(out), "workers": 1, **words})
     written: dict[str, tuple[int, bytes]] = {}
-    # inside a shard; between a shard's name and the journal's line; behind that; behind the last line
-    for where, left in (("_take", 4), ("close", 1), ("add", 1), ("close", 2), ("add", 2)):
+    # between a shard's name and the journal's line; inside a shard; behind the journal's line; behind the last one
+    for where, left in (("close", 1), ("_take", 4), ("close", 1), ("add", 1), ("close", 2), ("add", 2)):
         process = multiprocessing.get_context("fork").Process(target=die, args=(where, left, given))
         process.start()
         process.join()

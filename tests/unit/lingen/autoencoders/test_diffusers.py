@@ -165,7 +165,7 @@ def test_ltx_decodes_the_same_each_time_although_its_decoder_draws_noise(tmp_pat
     assert torch.equal(autoencoder.decode(latents), decoded)
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderKLLTXVideo"])
+@pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLMochi"])
 def test_bf16_is_close_and_gives_fp32_latents(saved: Saved, name: str) -> None:
     _, time, space = RATIOS[name]
     pixels = clip(time + 1, 2 * space, 2 * space)

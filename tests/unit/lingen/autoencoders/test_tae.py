@@ -35,7 +35,7 @@ def small(config: TaeConfig = SMALL) -> Tae:
     return Tae(config)
 
 
-def trained_in_time(model: nn.Module) -> nn.Module:
+def trained_in_time(model: Tae) -> Tae:
     """All that inflation begins with as nothing becomes something."""
     torch.manual_seed(1)
     for layer in model.modules():
@@ -96,7 +96,7 @@ def test_training_on_images_leaves_time_alone() -> None:
 
 
 def test_nothing_looks_ahead() -> None:
-    autoencoder = frozen(trained_in_time(small()))  # type: ignore[arg-type]
+    autoencoder = frozen(trained_in_time(small()))
     pixels = clip(17)
     latents = autoencoder.encode(pixels)
     torch.testing.assert_close(autoencoder.encode(pixels[:, :, :1]), latents[:, :, :1], atol=1e-5, rtol=1e-4)
@@ -114,7 +114,7 @@ def test_nothing_looks_ahead() -> None:
 
 
 def test_bytes_batches_and_autocast_give_the_same_latents() -> None:
-    autoencoder = frozen(trained_in_time(small()))  # type: ignore[arg-type]
+    autoencoder = frozen(trained_in_time(small()))
     pixels = ((clip(9, batch=2) + 1) * 127.5).to(torch.uint8)
     latents = autoencoder.encode(pixels)
     assert torch.equal(latents, autoencoder.encode(pixels.float() / 127.5 - 1)) and latents.dtype == torch.float32

@@ -14,6 +14,7 @@ from lingen.autoencoder_config import TileConfig
 from lingen.autoencoders.base import Autoencoder
 from lingen.autoencoders.pca import PcaAutoencoder
 from lingen.autoencoders.tiles import TiledAutoencoder, tiled, windows
+from tests.unit.lingen.autoencoders.test_tae import frozen, small, trained_in_time
 from tests.vaes import RATIOS, clip, load
 
 Saved = Callable[[str], Path]
@@ -74,7 +75,7 @@ def test_a_tiled_autoencoder_is_the_same_one(pca: PcaAutoencoder) -> None:
 
 # The relative RMS error of (latents, decoded pixels) that was measured for these small random instances, and a third
 # more; the deviation within a channel is 1. What remains is what a tile cannot know: norms and attention over a whole
-# frame (HunyuanVideo: over all frames), and what random weights carry further than an overlap.
+# frame (HunyuanVideo: over all frames; DC: linear attention), and what random weights carry further than an overlap.
 IN_SPACE = {
     "AutoencoderKLWan": (0.075, 0.055),
     "AutoencoderKLHunyuanVideo": (0.15, 0.41),
@@ -84,6 +85,7 @@ IN_SPACE = {
     "AutoencoderKLMochi": (0.17, 0.16),
     "AutoencoderKLCosmos": (0.038, 0.05),
     "AutoencoderKL": (0.075, 0.21),
+    "AutoencoderDC": (0.46, 0.34),
 }
 IN_TIME = {
     "AutoencoderKLHunyuanVideo": (0.37, 0.78),
@@ -120,6 +122,23 @@ def test_tiles_of_time_are_close_to_the_whole(saved: Saved, name: str) -> None:
     latents = whole.encode(pixels)
     errors = error(tiles.encode(pixels), latents), error(tiles.decode(latents), whole.decode(latents))
     assert all(found < most for found, most in zip(errors, IN_TIME[name], strict=True)), errors
+
+
+@pytest.mark.parametrize(
+    ("tile", "shape", "most"),
+    [
+        ({"width": 24 * 8}, (1, 64, 40 * 8), (0.041, 0.049)),
+        ({"frames": 23 * 8 + 1}, (31 * 8 + 1, 16, 16), (0.065, 0.12)),
+    ],
+)
+def test_tiles_of_our_own_are_close_to_the_whole(
+    tile: dict[str, Any], shape: tuple[int, int, int], most: tuple[float, float]
+) -> None:
+    whole = frozen(trained_in_time(small()))
+    tiles, pixels = tiled(whole, TileConfig(**tile, overlap=0.5)), clip(*shape)
+    latents = whole.encode(pixels)
+    errors = error(tiles.encode(pixels), latents), error(tiles.decode(latents), whole.decode(latents))
+    assert all(found < limit for found, limit in zip(errors, most, strict=True)), errors
 
 
 def test_where_an_overlap_holds_the_receptive_field_tiles_are_exact(saved: Saved) -> None:

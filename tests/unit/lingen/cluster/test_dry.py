@@ -20,18 +20,19 @@ from lingen.errors import UserError
 
 
 def index_of(samples: int) -> Index:
-    """Half images, half clips of two minutes, all large enough for every bucket."""
+    """Half images, square and wide, half clips of 20, 40 and 120 s: some for every bucket."""
     rows = np.arange(samples)
     video = rows % 2 == 1
+    seconds = np.choose(rows % 6 // 2, [20, 40, 120])
     return Index(
         path=Path("nowhere"),
         shards=["0.tar"],
         key=[f"{row:06d}" for row in rows],
         caption=["a"] * samples,
-        frames=np.where(video, 2881, 1),
+        frames=np.where(video, 24 * seconds + 1, 1),
         fps=np.where(video, 24.0, 0.0),
         height=np.full(samples, 1080),
-        width=np.full(samples, 1920),
+        width=np.where(rows % 4 == 0, 1080, 1920),
         bytes=np.ones(samples, dtype=np.int64),
         shard=np.zeros(samples, dtype=np.int64),
         offset=rows,
