@@ -18,12 +18,14 @@ SHORT = [
     "stages.demo_video_128.buckets.1.batch_size=2",
     "validation.every_steps=2",
 ]
+SMALL = ["frames=17", "height=64", "width=64"]
 
 
 def readme_commands() -> list[list[str]]:
     """The words of the commands under "From clips to curves", without "python"."""
-    section = (ROOT / "README.md").read_text().split("## From clips to curves")[1].split("\n\n")[1]
-    return [shlex.split(line, comments=True)[1:] for line in section.splitlines()]
+    blocks = (ROOT / "README.md").read_text().split("## From clips to curves")[1].split("\n\n")[1:]
+    lines = "\n".join(block for block in blocks if block.startswith("    python scripts/")).replace("\\\n", "")
+    return [shlex.split(line, comments=True)[1:] for line in lines.splitlines()]
 
 
 def test_the_readme_takes_clips_to_curves(python: Any, tmp_path: Path) -> None:
@@ -32,12 +34,18 @@ def test_the_readme_takes_clips_to_curves(python: Any, tmp_path: Path) -> None:
     )
     assert made.returncode == 0, made.stderr
     commands = readme_commands()
-    assert len(commands) == 6
+    assert len(commands) == 9
     for words in commands:
         here = [w.replace("CLIPS", f"{tmp_path}/CLIPS").replace("SHARDS", f"{tmp_path}/SHARDS") for w in words]
         here = [w.replace("AE.", f"{tmp_path}/AE.").replace("runs/a", f"{tmp_path}/runs/a") for w in here]
+        here = [w.replace("fast.yaml", f"{tmp_path}/fast.yaml") for w in here]
         if words[0] == "train.py":
             here += ["debug=smoke", f"runs_dir={tmp_path}/runs", *SHORT]
+        if words[0] == "scripts/calibrate_cache.py":
+            here += [*SMALL, "seeds=2", "steps=8", "tolerance=0.2"]
+        if words[0] == "scripts/evaluate.py":
+            here = [w.replace("seeds=16", "seeds=2").replace("{name", "{steps: 8, name") for w in here]
+            here = [w.replace(", steps: 15", "") for w in here] + SMALL
         done = python(*here)
         assert done.returncode == 0, (words, done.stderr)
     assert {p.name for p in (tmp_path / "runs/a/report").iterdir()} == {
@@ -46,6 +54,8 @@ def test_the_readme_takes_clips_to_curves(python: Any, tmp_path: Path) -> None:
         "compare.json",
     }
     assert len(list((tmp_path / "runs/a/samples").iterdir())) == 2
+    assert len(list((tmp_path / "runs/a/fast").iterdir())) == 2
+    assert (tmp_path / "runs/a/evaluation/index.html").stat().st_size > 1000
     transfers = json.loads((tmp_path / "runs/a/report/compare.json").read_text())
     assert "demo_video_128" in json.dumps(transfers)
 
