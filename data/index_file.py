@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 INDEX = "index.json"
 PARTIAL_INDEX = "index.partial.json"  # what a run that was stopped had written until then
@@ -110,6 +110,14 @@ class IndexFile(BaseModel):
     latents: Latents | None = None  # None: the media are videos and images
     shards: list[ShardEntry] = []
     samples: Columns = Columns()
+
+    @field_validator("root")
+    @classmethod
+    def _no_command(cls, root: str | None) -> str | None:
+        """Whoever made a data set must not run what they like where it is read."""
+        if root is not None and root.startswith("pipe:"):
+            raise ValueError("it is a command, which only data.path may name")
+        return root
 
     def to_json(self) -> bytes:
         """The file's content; without the windows' columns where nothing is cut."""

@@ -134,8 +134,6 @@ def load_index(path: str | Path) -> Index:
     samples = index.samples
     if not samples.begin and not samples.end:
         samples.begin, samples.end = [0.0] * len(samples.key), [0.0] * len(samples.key)
-    if (index.root or "").startswith("pipe:"):
-        raise UserError(f"data.path={folder}: {INDEX} names a command as its root; only data.path may name one")
     base = index.root or (home.base if home else None)
     source = Source(base) if base is not None and is_remote(base) else None
     root = Path(shown(source.base) if source else base or folder)

@@ -60,9 +60,16 @@ class ShardWriter:
         self.add_media(record.key, record.media, record.suffix, record.sidecar, [window])
 
     def add_media(
-        self, key: str, media: bytes, suffix: str, sidecar: tuple[str, bytes], windows: Sequence[Window]
+        self,
+        key: str,
+        media: bytes,
+        suffix: str,
+        sidecar: tuple[str, bytes],
+        windows: Sequence[Window],
+        *,
+        sha256: str | None = None,
     ) -> None:
-        """Write one media with its caption file, as the samples ``windows``.
+        """Write one media, of which the checksum may be known, with its caption file, as the samples ``windows``.
 
         Keys must be distinct and without dots: WebDataset ends a key at its first dot.
         """
@@ -74,7 +81,7 @@ class ShardWriter:
             self._tar = webdataset.TarWriter(self._stream, encoder=False, mtime=0, format="PAX_FORMAT")
         self._tar.write({"__key__": key, suffix: media, sidecar[0]: sidecar[1]})
         self.media_bytes += len(media)
-        digest = hashlib.sha256(media).hexdigest()
+        digest = sha256 or hashlib.sha256(media).hexdigest()
         for window in windows:
             self._names.append(f"{key}.{suffix}")
             add_row(self.pending, window, size=len(media), shard=self.number, sha256=digest)

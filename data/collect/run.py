@@ -149,7 +149,8 @@ class _Run:
 
     def _store(self, media: Media, windows: list[Window]) -> None:
         if self.writes:
-            self.writer.add_media(media.key, read_again(media), media.suffix, media.sidecar, windows)
+            content = read_again(media)
+            self.writer.add_media(media.key, content, media.suffix, media.sidecar, windows, sha256=media.sha256)
             return
         for window in windows:
             add_row(self.indexed, window, size=media.size, shard=self.place_of[media.path], sha256=media.sha256)

@@ -110,10 +110,12 @@ def test_names_and_members_that_lead_elsewhere_are_refused(tmp_path: Path, make:
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
         add(tar, "words.txt", b"no media")
+        add(tar, "code.pickle", b"\x80\x04\x95" + bytes(99))
         add(tar, "good.one.mp4", CLIP)  # a suffix of "one.mp4" is none that we know
         add(tar, "good.mp4", CLIP)
         add(tar, "good.txt", b"good")
         add(tar, "good.jpg", image())  # its poster
+        add(tar, "good.pyd", b"\x80\x04\x95" + bytes(99))  # nobody reads it
         add(tar, "empty.mp4", b"")
         add(tar, "empty.txt", b"empty")
     secret.write_bytes((root / "0.tar").read_bytes())
@@ -130,6 +132,7 @@ def test_names_and_members_that_lead_elsewhere_are_refused(tmp_path: Path, make:
             ("0.tar:pipe.mp4", "not a plain file"),
             ("0.tar:hard.mp4", "not a plain file"),
             ("0.tar:words", "neither a video nor an image"),
+            ("0.tar:code", "neither a video nor an image"),
             ("0.tar:empty", "empty file"),
             ("1.tar", "path leaves the input folder"),
             ("2.tar", "damaged shard"),

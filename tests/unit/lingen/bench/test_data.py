@@ -21,7 +21,7 @@ def test_the_last_line_has_rates_ratios_and_memory(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(data, "LATENTS", Bucket(9, 64, 64))
-    monkeypatch.setattr(data, "STORED", 40)
+    monkeypatch.setattr(data, "STORED", 32)
     words = ["height=64", "width=64", "clips=16", "rounds=2", "opened=24", "workers=1", "passes=2"]
     monkeypatch.setattr("sys.argv", ["bench.py", "data", f"data={world.shards}", *words])
     bench.main()
