@@ -52,9 +52,9 @@ def _panel(ax: Axes, curves: Mapping[str, Sequence[Measured]], base: Measured, k
             [max(0.0, mean.value - (mean.value if mean.low is None else mean.low)) * scale for mean in means],
             [max(0.0, (mean.value if mean.high is None else mean.high) - mean.value) * scale for mean in means],
         ]
-        turn = number // len(COLOURS)  # with each one colours meet other markers
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # where colours come again, others
         ax.errorbar(
-            x, y, bars, label=name, color=COLOURS[number % len(COLOURS)], marker=MARKERS[(number + turn) % len(MARKERS)],
+            x, y, bars, label=name, color=COLOURS[number % len(COLOURS)], marker=marker,
             markersize=7, capsize=2, elinewidth=0.8, linewidth=2.6 if name in BOLD else 1.3,
         )  # fmt: skip
     if key in base.summaries:
