@@ -71,6 +71,17 @@ def check_shape(frames: npt.ArrayLike, shape: str) -> bool:
     return max(found, key=lambda name: found[name]) == shape
 
 
+def travel(frames: npt.ArrayLike) -> float:
+    """How far the dominant saturated shape's middle goes from frame to frame, as a share of the screen, the mean over
+    those where it is seen; nan where it is in no two. ``frames`` as for ``check_colour``."""
+    mask = _dominant(frames)
+    mask = mask[mask.mean((1, 2)) >= MIN_AREA]
+    if len(mask) < 2:
+        return float("nan")
+    x, y = _middle(mask)
+    return float(np.hypot(np.diff(x / mask.shape[2]), np.diff(y / mask.shape[1])).mean())
+
+
 def _dominant(frames: npt.ArrayLike) -> Floats:
     """How much of each pixel is of the most common saturated colour: (F, H, W) in [0, 1]."""
     colours, weights = _saturated(frames)

@@ -34,6 +34,7 @@ ROWS = (
      "lingen.tae_task", "lingen.task", "lingen.tasks", "lingen.validation"),
     ("lingen.bench", "lingen.calibration", "lingen.cluster", "lingen.comparison", "lingen.evaluation",
      "lingen.preview"),
+    ("lingen.trial",),
     ("scripts", "slurm.launch", "train"),
 )
 # Rooms that see less than the rows above them.
