@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -113,24 +114,31 @@ def codebook_of(given: Codebook | Mapping[float, int] | Sequence[Any]) -> Codebo
     """A ``Codebook`` from what stands for one.
 
     Args:
-        given: ``(entries, last)``, as a ``Codebook`` has them; [(threshold, rate), ..., last]; or {threshold: rate} or
-            [(threshold, rate), ...], as in the published code, where the rate of the last pair holds above all
-            thresholds before it and its own threshold is not read.
+        given: ``(entries, last)``, the entries as pairs or as a mapping; [(threshold, rate), ..., last]; or
+            {threshold: rate} or [(threshold, rate), ...], as in the published code, where the rate of the last pair
+            holds above all thresholds before it and its own threshold is not read.
 
     Raises:
         UserError: it is none of these, or has no rate; thresholds that do not ascend; a rate below 1.
     """
     form = "give {threshold: rate, ...} or [(threshold, rate), ...], whose last rate is the rest's, or (entries, last)"
     try:
-        pairs: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
+        pairs = _listed(given)
         end = pairs.pop()
-        last = end if isinstance(end, int) else end[1]
-        if isinstance(end, int) and len(pairs) == 1 and not (pairs[0] and isinstance(pairs[0][0], float | int)):
-            (pairs,) = pairs  # (entries, last)
-        book = Codebook(tuple((float(threshold), rate) for threshold, rate in pairs), last)
-        problem = book.problem()
-    except (TypeError, ValueError, IndexError) as error:
+        alone = isinstance(end, Real)
+        if alone and len(pairs) == 1:
+            inner = _listed(pairs[0])  # a pair; or the entries of (entries, last)
+            pairs = pairs if inner and isinstance(inner[0], Real) else inner
+        found = [(float(threshold), rate) for threshold, rate in pairs]
+        last = end if alone else end[1]
+        book = Codebook(tuple((threshold, int(rate)) for threshold, rate in found), int(last))
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise UserError(f"codebook={given!r} cannot be read; {form}") from error
-    if problem or not all(isinstance(rate, int) for rate in (book.last, *(rate for _, rate in book.entries))):
+    problem = book.problem()
+    if problem or (tuple(found), last) != book:
         raise UserError(f"codebook={given!r}: {problem or 'a rate is a whole number of calls'}")
     return book
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given.items() if isinstance(given, Mapping) else given)

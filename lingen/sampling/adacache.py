@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lingen.adacache_config import Codebook, MoReg, codebook_of
+from lingen.compose import validate
 from lingen.errors import UserError
 
 WINDOWS = {30: (4, 26), 100: (10, 90)}  # the published windows of MoReg, by the number of calls
@@ -74,23 +75,23 @@ def motion_factor(probe: Tensor, moreg: MoReg) -> Tensor:
 
 
 def moreg_of(given: MoReg | Mapping[str, Any] | Sequence[int] | bool | None, num_steps: int) -> MoReg | None:
-    """A ``MoReg`` from what stands for one: None or False, there is none; True, the published constants, of 30 or 100
-    calls; (first, last), the published constants with this window; a mapping, ``MoReg``'s fields.
+    """A ``MoReg`` from what stands for one: None or False, there is none; True, the published constants; (first, last),
+    those with this window; a mapping, ``MoReg``'s fields. A window that is not given is that of 30 or 100 calls.
 
     Raises:
         UserError: no window is published for ``num_steps``; a field is wrong.
     """
     if given is None or given is False or isinstance(given, MoReg):
         return given or None
-    if given is True:
+    fields = {} if given is True else dict(given) if isinstance(given, Mapping) else {"window": given}
+    if "window" not in fields:
         if num_steps not in WINDOWS:
-            raise UserError(f"moreg=True: windows are published for 30 and 100 calls, not {num_steps}; give one")
-        given = WINDOWS[num_steps]
-    fields = dict(given) if isinstance(given, Mapping) else {"window": given}
+            raise UserError(f"moreg={given!r}: windows are published for 30 and 100 calls, not {num_steps}; give one")
+        fields["window"] = WINDOWS[num_steps]
     try:
-        return MoReg.model_validate(fields)
-    except ValueError as error:
-        raise UserError(f"moreg={given!r} is none: {error}") from error
+        return validate(MoReg, fields)
+    except UserError as error:
+        raise UserError(f"moreg={given!r}: {error}") from error
 
 
 def reference_schedule(

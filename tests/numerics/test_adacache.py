@@ -159,7 +159,8 @@ def test_all_forms_of_a_codebook_and_of_moreg_mean_the_same() -> None:
     probes = walk(random.Random(5), 30, 3, 8)
     entries = ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2))
     books: list[Any] = [FAST_30, list(FAST_30.items()), (entries, 1), [*entries, 1], Codebook(entries, 1)]
-    moregs: list[Any] = [True, (4, 26), {"window": [4, 26]}, MoReg(window=(4, 26))]
+    books += [(dict(entries), 1), [*entries, (math.inf, 1)], torch.tensor([*entries, (1.0, 1)], dtype=torch.float64)]
+    moregs: list[Any] = [True, (4, 26), {"window": [4, 26]}, {"scale": 0.385}, MoReg(window=(4, 26))]
     schedules = [reference_schedule(probes, 30, book, moreg) for book in books for moreg in moregs]
     assert all(schedule == schedules[0] for schedule in schedules)
     assert all(reference_schedule(probes, 30, book) == [True] * 30 for book in ({1.0: 1}, [1], ((), 1)))
@@ -177,7 +178,9 @@ def test_all_forms_of_a_codebook_and_of_moreg_mean_the_same() -> None:
         ({"codebook": {-0.2: 2, 1.0: 1}}, "above 0"),
         ({"codebook": {0.2: 0, 1.0: 1}}, "rate"),
         ({"codebook": {0.2: 1.5, 1.0: 1}}, "rate"),
+        ({"codebook": [(0.2, 2), {}]}, "cannot be read"),
         ({"moreg": (26, 4)}, "moreg"),
+        ({"moreg": {"window": 4}}, r"moreg=\{'window': 4\}: window=4: "),
         ({"moreg": {"windows": (4, 26)}}, "moreg"),
         ({"moreg": {"window": (4, 26), "strides": [0]}}, "moreg"),
     ],
