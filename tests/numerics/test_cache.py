@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections import Counter
 from typing import Any
@@ -170,8 +171,13 @@ def test_an_aborted_generation_leaves_nothing_behind(policy: str, error: type[Ba
 
 
 def test_nothing_waits_for_the_device_more_than_once_a_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU would have to finish first: a number, a truth value or an index read from a tensor."""
+    """What a GPU would have to finish first: a number, a truth value or an index read from a tensor; or a list that is
+    copied to it, be it as an index."""
     waits: Counter[str] = Counter()
+
+    def from_sampling() -> bool:
+        return "/lingen/sampling/" in sys._getframe(2).f_code.co_filename
+
     for method in ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(Tensor, method)
 
@@ -180,6 +186,22 @@ def test_nothing_waits_for_the_device_more_than_once_a_decision(monkeypatch: pyt
             return original(self, *words)
 
         monkeypatch.setattr(Tensor, method, counted)
+    for make in ("tensor", "as_tensor"):
+        original = getattr(torch, make)
+
+        def made(*words: Any, original: Any = original, make: str = make, **named: Any) -> Any:
+            waits[make] += from_sampling() and "device" in named
+            return original(*words, **named)
+
+        monkeypatch.setattr(torch, make, made)
+    for method in ("__getitem__", "__setitem__"):
+        original = getattr(Tensor, method)
+
+        def indexed(self: Tensor, *words: Any, original: Any = original, method: str = method) -> Any:
+            waits[method] += from_sampling() and isinstance(words[0], list)
+            return original(self, *words)
+
+        monkeypatch.setattr(Tensor, method, indexed)
     for policy, config in (MEASURED | KNOWN).items():
         run = start(model("lingen"), config)
         waits.clear()

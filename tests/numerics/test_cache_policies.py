@@ -183,6 +183,15 @@ def test_taylor_takes_what_there_is_and_no_distance_of_zero() -> None:
     assert stored.get(call(3, 0.0)).item() == pytest.approx(4.0)
 
 
+def test_a_noise_level_that_only_some_rows_were_computed_at_before_is_no_distance_of_zero() -> None:
+    """Row 0 was computed at both of a level's calls, row 1 at the second alone; then each goes on its own line."""
+    stored = Stored(Reusing(reuse="taylor", order=1, over="sigma"))
+    stored.put(call(0, 1.0), torch.tensor([1.0, 1.0])[:, None, None])
+    stored.put(call(1, 0.5), torch.full((1, 1, 1), 9.0), [0])
+    stored.put(call(2, 0.5), torch.tensor([3.0, 2.0])[:, None, None])
+    assert stored.get(call(3, 0.0)).flatten().tolist() == [5.0, 3.0]
+
+
 def test_a_held_residual_is_added_as_it_was() -> None:
     stored, value, x = Stored(Reusing()), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     stored.put(call(0), value)

@@ -23,7 +23,7 @@ from lingen.errors import UserError
 from lingen.models import Backbone
 from lingen.sampling.adacache import Reference
 from lingen.sampling.cache.distance import change_sums, motion_sums
-from lingen.sampling.cache.layout import Layout
+from lingen.sampling.cache.layout import Layout, index_of
 from lingen.sampling.cache.policy import Front, Probe, Seen, StackPolicy
 from lingen.sampling.cache.sites import blocks_of, mixer_branches, mixer_site
 from lingen.sampling.call import Call, Context
@@ -102,13 +102,13 @@ class FixedPolicy:
         """Sums up, and does not wait for the device: the next decision does."""
         assert seen.probe is not None and self._layout is not None
         everyone, old = len(seen.samples) == self._layout.samples, self._last
-        rows = torch.tensor(self._layout.rows_of(seen.samples), device=seen.probe.device)
+        rows = None if everyone else index_of(self._layout.rows_of(seen.samples), seen.probe.device)
         if old is not None and self._judge.wants(call.index + 1):
-            sums = change_sums(old if everyone else old.index_select(0, rows), seen.probe, seen.layout)
+            sums = change_sums(old if rows is None else old.index_select(0, rows), seen.probe, seen.layout)
             if moreg := self._judge.moreg_at(call.index + 1):
                 sums = torch.cat([sums, motion_sums(seen.probe, moreg.strides, seen.layout)])
             self._judge.hear(seen.samples, seen.layout.totals(sums))
-        if everyone or old is None:
+        if rows is None or old is None:
             self._last = seen.probe
         else:
             old.index_copy_(0, rows, seen.probe)

@@ -10,14 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lingen.models import Backbone
 from lingen.models.backbone import Context
 from lingen.models.block import Part
 from lingen.reuse_config import Reusing
-from lingen.sampling.cache.layout import Layout
+from lingen.sampling.cache.layout import Layout, index_of
 from lingen.sampling.cache.policy import Front, Seen, SitePolicy, StackPolicy
 from lingen.sampling.cache.record import Costs, Record
 from lingen.sampling.cache.sites import Visit, blocks_of, run_block
@@ -101,7 +100,7 @@ class StackLane:
             self.policy.learn(call, Seen(chosen, layout, probe, residual))
             return out
         rows = layout.rows_of(chosen)
-        index = torch.as_tensor(rows, device=x.device)
+        index = index_of(rows, x.device)
         given = x.index_select(0, index)  # (R', n, D)
         out, probe = self._compute(given, _of_rows(context, index))
         residual = out - given

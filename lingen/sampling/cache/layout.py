@@ -17,6 +17,11 @@ from lingen.kernels.index import Grid
 from lingen.models.parallel import SequenceGroup
 
 
+def index_of(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Rows as an index on the device, by a copy that does not wait for what the device has still to do."""
+    return torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Of one forward."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lingen.cache_config import FirstBlockConfig, TeaCacheConfig
 from lingen.sampling.cache.distance import change_sums
-from lingen.sampling.cache.layout import Layout
+from lingen.sampling.cache.layout import Layout, index_of
 from lingen.sampling.cache.policy import Front, Seen
 from lingen.sampling.call import Call
 
@@ -85,7 +85,8 @@ class FirstBlock:
             self.computed = self.now
         else:
             rows = [half + sample for half in range(0, len(self.now), samples) for sample in seen.samples]
-            self.computed[rows] = self.now[rows]
+            index = index_of(rows, self.now.device)
+            self.computed.index_copy_(0, index, self.now.index_select(0, index))
         self.now = None
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lingen.reuse_config import Reusing
+from lingen.sampling.cache.layout import index_of
 from lingen.sampling.call import Call
 
 
@@ -33,23 +34,22 @@ class Stored:
     def put(self, call: Call, value: Tensor, rows: Sequence[int] | None = None) -> None:
         """Store what was computed for these rows (all of them: None); a tensor for all is kept as it is."""
         now = self._time(call)
-        if rows is None:
-            if not self._times or any(times[0] != now for times in self._times):
-                self.values.insert(0, value)
-                self._times = [[now, *times] for times in self._times] or [[now] for _ in value]
-            else:  # a solver that comes back to a noise level: distances are not zero
-                self.values[0] = value
-            del self.values[self._how.kept :]
-            self._times = [times[: self._how.kept] for times in self._times]
+        kept, known = self._how.kept, self._times
+        if rows is None and all(times[0] != now for times in known):
+            self.values = [value, *self.values][:kept]
+            self._times = [[now, *times][:kept] for times in known] or [[now] for _ in value]
             return
-        if len(self.values) < self._how.kept:
+        rows = range(len(value)) if rows is None else rows
+        if len(self.values) < kept:
             self.values.append(self.values[-1].clone())
-        older = [row for row in rows if self._times[row][0] != now]
+        # A solver may come back to a noise level: the rows that were computed there go on, distances are not zero.
+        older = [row for row in rows if known[row][0] != now]
+        index = index_of(older, value.device)
         for newer, old in zip(reversed(self.values[:-1]), reversed(self.values[1:]), strict=True):
-            old[older] = newer[older]
+            old.index_copy_(0, index, newer.index_select(0, index))
         for row in older:
-            self._times[row] = [now, *self._times[row]][: self._how.kept]
-        self.values[0][list(rows)] = value
+            known[row] = [now, *known[row]][:kept]
+        self.values[0].index_copy_(0, index_of(rows, value.device), value)
 
     def get(self, call: Call) -> Tensor:
         """What stands for the value now, of all rows; lent, not to be written to."""
@@ -66,7 +66,7 @@ class Stored:
             if rows is None:
                 x.add_(value, alpha=weight) if isinstance(weight, float) else x.add_(value * weight)
             else:
-                chosen = torch.as_tensor(rows, device=x.device)
+                chosen = index_of(rows, x.device)
                 x.index_add_(0, chosen, value.index_select(0, chosen) * weight)
 
     def _weights(self, call: Call, rows: Sequence[int]) -> list[float | Tensor]:
@@ -77,7 +77,8 @@ class Stored:
             return list(each[0])
         longest = max(map(len, each))
         padded = torch.tensor([weights + [0.0] * (longest - len(weights)) for weights in each])  # (R', K)
-        return list(padded.to(self.values[0])[:, :, None, None].unbind(1))
+        like = self.values[0]
+        return list(padded.to(like.device, like.dtype, non_blocking=True)[:, :, None, None].unbind(1))
 
     def _time(self, call: Call) -> float:
         return float(call.index) if self._how.over == "call" else call.sigma
