@@ -114,8 +114,9 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, video: Tensor, other: Tensor) -> float:
-        """The distance of two videos."""
+        """The distance of two videos, computed where they are."""
         _check(video, other)
+        self._distance.to(video.device, torch.float32)
         total = 0.0
         for a, b in zip(torch.split(video, FRAMES, 1), torch.split(other, FRAMES, 1), strict=True):
             one, two = (part[None].float() / 127.5 - 1 for part in (a, b))  # (1, 3, frames, H, W) in [-1, 1]

@@ -30,6 +30,7 @@ class Metric:
     scale: float = 1.0
     against: str = ""  # "baseline" or "reference": whose video it is measured against
     cost: bool = False
+    yes_or_no: bool = False  # 1 or 0 of each video
 
 
 METRICS: dict[str, Metric] = {
@@ -39,10 +40,10 @@ METRICS: dict[str, Metric] = {
     "psnr_reference": Metric("PSNR (dB)", "PSNR ref.", True, 2, against="reference"),
     "ssim_reference": Metric("SSIM", "SSIM ref.", True, 3, against="reference"),
     "lpips_reference": Metric("LPIPS", "LPIPS ref.", False, 3, against="reference"),
-    "colour": Metric("Colour as asked (%)", "colour", True, 1, 100),
-    "shape": Metric("Shape as asked (%)", "shape", True, 1, 100),
-    "motion": Metric("Motion as asked (%)", "motion", True, 1, 100),
-    "attributes": Metric("All as asked (%)", "all asked", True, 1, 100),
+    "colour": Metric("Colour as asked (%)", "colour", True, 1, 100, yes_or_no=True),
+    "shape": Metric("Shape as asked (%)", "shape", True, 1, 100, yes_or_no=True),
+    "motion": Metric("Motion as asked (%)", "motion", True, 1, 100, yes_or_no=True),
+    "attributes": Metric("All as asked (%)", "all asked", True, 1, 100, yes_or_no=True),
     "steadiness": Metric("Temporal flickering, VBench (%)", "flickering", True, 2, 100),
     "flops": Metric("Executed FLOPs", "FLOPs", False, 0, cost=True),
     "denoise_seconds": Metric("Denoising (s)", "denoising, s", False, 3, cost=True),
@@ -158,11 +159,17 @@ def _measured(run: SampledRun, values: dict[str, Floats], base: dict[str, Floats
     for key, found in values.items():
         known = ~np.isnan(found)
         named = [group for group, here in zip(groups, known, strict=True) if here]
-        summaries[key] = summarize(found[known], named, higher_is_better=metric(key).higher_is_better)
+        what = metric(key)
+        summaries[key] = summarize(
+            found[known], named, higher_is_better=what.higher_is_better, yes_or_no=what.yes_or_no
+        )
         if is_base or key not in base:
             continue
-        if not metric(key).cost:  # the same videos have a value in both: it depends on the prompt
-            gains[key] = mean_interval(found[known] - base[key][known], named)
+        if not what.cost:
+            both = known & ~np.isnan(base[key])  # VBench may have a value of one run's video alone
+            if both.any():
+                named = [group for group, here in zip(groups, both, strict=True) if here]
+                gains[key] = mean_interval(found[both] - base[key][both], named)
         elif found.sum() > 0:
             savings[key] = ratio_interval(base[key], found, groups)
     return Measured(run, values, summaries, gains, savings)

@@ -42,14 +42,15 @@ class Summary:
     count: int
 
 
-def summarize(values: Floats, groups: Sequence[object], *, higher_is_better: bool) -> Summary:
-    """Mean, spread and worst of (N,) values; ``groups`` names each video's prompt."""
+def summarize(values: Floats, groups: Sequence[object], *, higher_is_better: bool, yes_or_no: bool = False) -> Summary:
+    """Mean, spread and worst of (N,) values, which are 1 and 0 alone where ``yes_or_no``; ``groups`` names each video's
+    prompt."""
     most = max(1, math.ceil(WORST * len(values)))
     ordered = np.sort(values)
     worst = ordered[:most] if higher_is_better else ordered[-most:]
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
     mean = mean_interval(values, groups)
-    if mean.low is not None and spread == 0 and values[0] in (0.0, 1.0):
+    if yes_or_no and mean.low is not None and spread == 0:
         # All right or all wrong: no resample differs, but other prompts might.
         prompts = len(set(groups))
         mean = wilson(prompts if values[0] else 0, prompts)

@@ -116,6 +116,14 @@ def test_lpips_does_not_depend_on_how_frames_are_split(tmp_path: Path, monkeypat
     assert together == pytest.approx(np.mean(alone), rel=1e-5)
 
 
+def test_lpips_is_computed_where_the_videos_are(tmp_path: Path) -> None:
+    save_file(lpips_weights(0), tmp_path / "lpips.safetensors")
+    distance = Lpips(str(tmp_path / "lpips.safetensors"))
+    a, b = (video.to("meta") for video in videos())
+    with pytest.raises(RuntimeError, match="meta tensors"):  # all was computed there, up to the number itself
+        distance(a, b)
+
+
 def test_what_is_no_lpips_is_refused(tmp_path: Path) -> None:
     for name, content, message in (
         ("none", None, "cannot be read"),

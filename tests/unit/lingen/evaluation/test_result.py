@@ -20,7 +20,7 @@ from lingen.evaluation.folder import Asked, read_runs
 from lingen.evaluation.metrics import Lpips, psnr
 from lingen.evaluation.page import chosen
 from lingen.evaluation.plot import series
-from lingen.evaluation.result import measure
+from lingen.evaluation.result import as_json, measure
 from lingen.evaluation.tables import details, overview
 
 from .conftest import Make, clip
@@ -72,6 +72,21 @@ def test_captions_that_name_nothing_have_no_values(make_run: Make) -> None:
     assert result.runs[1].summaries["colour"].count == 3 and result.runs[1].gains["colour"].value <= 0
     plain = read_runs([str(make_run("c", videos=[Asked(prompt="two dogs", seed=0)]))])
     assert "colour" not in measure(plain, baseline="c", progress=False).keys
+
+
+def test_intervals_are_of_what_was_measured(make_run: Make) -> None:
+    """Equal videos have an SSIM of exactly 1; VBench may leave out a video of one run alone."""
+    runs = read_runs([str(make_run(name)) for name in "ab"])
+    count = len(runs[0].file.videos)
+    partial = np.arange(count, dtype=np.float64)
+    partial[1] = np.nan
+    scores = {"a": {"x": partial}, "b": {"x": np.arange(count) + 1.0}}
+    result = measure(runs, baseline="a", vbench=scores, progress=False)
+    other = result.runs[1]
+    assert (other.summaries["ssim"].mean.low, other.summaries["ssim"].mean.high) == (1, 1)
+    assert other.summaries["attributes"].mean.low != other.summaries["attributes"].mean.value
+    assert other.gains["vbench.x"].value == 1 and other.summaries["vbench.x"].count == count
+    json.dumps(as_json(result), allow_nan=False)
 
 
 def test_doubts_are_said(make_run: Make) -> None:
@@ -153,6 +168,7 @@ def test_the_same_runs_give_the_same_files(folders: list[str], tmp_path: Path) -
     words = [f"runs=[{','.join(folders[:2])}]", "shown=0"]
     for name in ("a", "b"):
         evaluate.main([*words, f"out={tmp_path / name}"])
+    assert "<script>" not in (tmp_path / "a" / "index.html").read_text()  # no videos, no player
     for file in ("evaluate.json", "evaluate.csv", "quality.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

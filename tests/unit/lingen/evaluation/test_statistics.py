@@ -49,10 +49,12 @@ def test_a_ratio_is_of_sums() -> None:
 
 
 def test_all_right_is_not_certain() -> None:
-    right = summarize(np.ones(20), range(20), higher_is_better=True).mean
+    right = summarize(np.ones(20), range(20), higher_is_better=True, yes_or_no=True).mean
     assert right.value == 1 and right.low == pytest.approx(0.8389, abs=1e-4) and right.high == 1
-    wrong = summarize(np.zeros(20), range(20), higher_is_better=True).mean
+    wrong = summarize(np.zeros(20), range(20), higher_is_better=True, yes_or_no=True).mean
     assert wrong.low == 0 and wrong.high == pytest.approx(1 - 0.8389, abs=1e-4)
+    same = summarize(np.ones(20), range(20), higher_is_better=True).mean  # an SSIM of 1 is no share of videos
+    assert (same.low, same.high) == (1, 1)
 
 
 def test_wilson_by_its_equation() -> None:
