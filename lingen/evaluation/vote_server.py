@@ -11,6 +11,7 @@ import hmac
 import json
 import re
 import secrets
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,6 +58,11 @@ class VoteServer(ThreadingHTTPServer):
         self.page = environment.get_template("vote.html.j2").render(
             question=question, aspect=f"{file.width} / {file.height}", small=max(file.height, file.width) <= 128
         )
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of a video is nothing to report."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Refused(Exception):

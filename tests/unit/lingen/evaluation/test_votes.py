@@ -194,6 +194,15 @@ def test_strangers_and_nonsense_are_turned_away(browser: Browser) -> None:
     assert browser.server.server_address[0] == "127.0.0.1"
 
 
+def test_a_browser_that_goes_away_is_no_error(browser: Browser, capfd: pytest.CaptureFixture[str]) -> None:
+    for error, said in ((BrokenPipeError(), False), (RuntimeError("a fault"), True)):
+        try:
+            raise error
+        except type(error):
+            browser.server.handle_error(None, ("127.0.0.1", 1))
+        assert ("Traceback" in capfd.readouterr().err) is said
+
+
 def test_a_port_that_is_taken(browser: Browser, runs: list[SampledRun]) -> None:
     with pytest.raises(UserError, match=r"port=\d+ cannot be opened"):
         VoteServer(pairs(runs, 0), browser.server.votes, port=browser.server.server_port, question="?")
