@@ -58,7 +58,7 @@ class LinGenPipeline:
         cls,
         path: str | Path,
         *,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         dtype: Literal["fp32", "bf16"] | None = None,
         autoencoder: str | None = None,
         encoders: Mapping[str, str] | None = None,
@@ -74,10 +74,10 @@ class LinGenPipeline:
             tile: tiles that the autoencoder decodes in, as ``autoencoder.tile``; None: those of the training.
 
         Raises:
-            UserError: there is no such device; nothing that can be loaded is there, or it is incomplete; the
-                autoencoder or a text encoder is not the one that the weights were trained with.
+            UserError: there is no such device or precision; nothing that can be loaded is there, or it is incomplete;
+                the autoencoder or a text encoder is not the one that the weights were trained with.
         """
-        place = _device(device)
+        place, wanted = _device(device), _precision(dtype)
         trained = load_trained(Path(path))
         config = located(trained.folder, trained.config, autoencoder, encoders or {}, tile)
         latents = load_autoencoder(config.autoencoder, place)
@@ -90,7 +90,7 @@ class LinGenPipeline:
         refuse_other_text(trained.origin.text_fingerprint, text.fingerprints, f"{path} was trained with")
         model = trained_model(trained)
         (stage,) = config.stages.values()
-        precision = DTYPES[dtype or (config.engine.dtype if place.type == "cuda" else "fp32")]
+        precision = wanted or DTYPES[config.engine.dtype if place.type == "cuda" else "fp32"]
         return cls(config, stage, model.to(place, precision).eval(), latents, text, place, trained.origin)
 
     def save_pretrained(self, folder: str | Path, *, copy: bool = True) -> None:
@@ -109,14 +109,15 @@ class LinGenPipeline:
         page = card(self.config, self.origin, sum(parameter.numel() for parameter in self.model.parameters()))
         save(Path(folder), self.config, weights, self.origin, page, copy=copy)
 
-    def to(self, device: str, dtype: Literal["fp32", "bf16"] | None = None) -> LinGenPipeline:
+    def to(self, device: str | torch.device, dtype: Literal["fp32", "bf16"] | None = None) -> LinGenPipeline:
         """Move it there, in place, and return it; the autoencoder and the text encoders are read again.
 
         Raises:
-            UserError: there is no such device.
+            UserError: there is no such device or precision.
         """
-        self.device = _device(device)
-        self.model.to(self.device, DTYPES[dtype] if dtype else self.dtype)
+        place, precision = _device(device), _precision(dtype)
+        self.device = place
+        self.model.to(place, precision)
         self.autoencoder = load_autoencoder(self.config.autoencoder, self.device)
         self.text = load_text_encoders(self.config.text, self.device)
         return self
@@ -320,9 +321,15 @@ class LinGenPipeline:
                 )
 
 
-def _device(name: str) -> torch.device:
+def _precision(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise UserError(f"dtype={name} is none of {', '.join(DTYPES)}")
+    return DTYPES[name] if name else None
+
+
+def _device(name: str | torch.device) -> torch.device:
     gpus = torch.cuda.device_count()
     here = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
-    if name not in here:
+    if str(name) not in here:
         raise UserError(f"device={name} is not to be seen here; give one of {', '.join(here)}")
     return torch.device(name)

@@ -81,7 +81,7 @@ class Words(BaseModel):
             found = [self.prompt or ""] if self.prompts is None else self.prompts
         else:
             try:
-                found = Path(self.prompts).expanduser().read_text(encoding="utf-8").splitlines()
+                found = Path(self.prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"prompts={self.prompts} cannot be read as a text file: {error}") from error
             found = [line.strip() for line in found if line.strip()]
@@ -102,14 +102,14 @@ def file_name(prompt: str, seed: int, *, alike: bool = False) -> str:
     """
     words = _plain(prompt)
     foreign = any(not c.isascii() and unicodedata.category(c)[0] not in "PZ" for c in prompt)  # punctuation, spaces
-    parts = [words[:NAME_LENGTH].rstrip("-") or "video", str(seed)]
+    parts = [words[:NAME_LENGTH].rstrip("-"), str(seed)]
     if foreign or alike or len(words) > NAME_LENGTH:
         parts.insert(1, hashlib.sha256(prompt.encode()).hexdigest()[:6])
     return "-".join(parts)
 
 
 def _plain(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-") or "video"
 
 
 def jobs(words: Words, out: Path) -> list[tuple[str, int, Path]]:

@@ -113,7 +113,7 @@ def asked_for(prompts: str, seeds: Sequence[int], frames: int) -> list[Asked]:
         captions = [render_clip(WORLD, seed, frames=frames, size=8)[1] for seed in seeds]
         return [Asked(prompt=caption, seed=seed) for caption, seed in zip(captions, seeds, strict=True)]
     try:
-        lines = Path(prompts).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={prompts} cannot be read as a text file: {error}") from error
     found = dict.fromkeys(line.strip() for line in lines if line.strip())

@@ -142,6 +142,15 @@ def test_prompts_that_lose_more_than_punctuation_keep_names_of_their_own() -> No
     assert re.fullmatch("video-[0-9a-f]{6}-7", names[0])
 
 
+def test_prompts_of_punctuation_have_names_of_their_own(tmp_path: Path) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "sample.py"))
+    (tmp_path / "prompts").write_bytes("\ufeffvideo\n?!\n...\n".encode())  # as editors on Windows write it
+    words = script["Words"](checkpoint="x", out="x", prompts=str(tmp_path / "prompts"))
+    found = script["jobs"](words, tmp_path)
+    assert [prompt for prompt, _, _ in found] == ["video", "?!", "..."]
+    assert len({name for _, _, name in found}) == 3
+
+
 def test_an_out_that_cannot_be_written_is_named_before_sampling(run: Path, python: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     words = [f"checkpoint={run}", "steps=100000"]  # would take hours
@@ -175,6 +184,20 @@ def test_colours_are_judged_with_the_autoencoder_that_is_named(
 def test_a_device_that_is_not_here_is_refused(device: str, run: Path) -> None:
     with pytest.raises(UserError, match=f"device={device} is not to be seen here; give one of cpu"):
         LinGenPipeline.from_pretrained(run, device=device)
+
+
+def test_a_precision_that_does_not_exist_is_refused() -> None:
+    for name in ("fp16", torch.float16):
+        with pytest.raises(UserError, match=f"dtype={name} is none of fp32, bf16"):
+            LinGenPipeline.from_pretrained("/nowhere", dtype=name)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="/nowhere is neither"):
+        LinGenPipeline.from_pretrained("/nowhere", device=torch.device("cpu"))  # the device is one
+
+
+def test_a_refused_move_moves_nothing(pipeline: LinGenPipeline) -> None:
+    with pytest.raises(UserError, match="dtype=fp16 is none of fp32, bf16"):
+        pipeline.to("cpu", "fp16")  # type: ignore[arg-type]
+    assert pipeline.dtype == torch.float32
 
 
 def test_as_many_seeds_as_prompts(pipeline: LinGenPipeline) -> None:
