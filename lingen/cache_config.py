@@ -193,6 +193,8 @@ def _read(word: str) -> Any:
         text = path.read_text()
     except OSError as error:
         raise UserError(f"cache={word} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cache={word} is no text: {error}") from error
     return _parse(word, text)
 
 

@@ -52,6 +52,7 @@ class LinGenPipeline:
     origin: Origin  # of the weights
     cache: CacheConfig | None = field(default=None, init=False)
     cache_summary: CacheSummary | None = field(default=None, init=False)  # of the last generation, where it had one
+    _needs: dict[str, dict[str, int]] = field(default_factory=dict, init=False, repr=False)  # bytes, by what was asked
 
     @classmethod
     def from_pretrained(
@@ -301,18 +302,20 @@ class LinGenPipeline:
         UserError: the generation needs more memory than is free on the device.
         """
         kernels = forms_here(self.device, self.dtype)
-        needs = {
-            "denoising": predict_denoising(self.config, shape, sampler, batch=batch, dtype=self.dtype, kernels=kernels),
-            "decoding": predict_decoding(self.config, self.autoencoder, shape, self.device) if decodes else 0,
-        }
-        if self.cache is not None:
-            needs["denoising"] += predict_cache(self.config, self.cache, shape, sampler, batch=batch, dtype=self.dtype)
+        asked = repr((shape, sampler, batch, decodes, self.cache, self.device, self.dtype, kernels))
+        if asked not in self._needs:  # a tenth of a second, which many small videos would feel
+            dtype = self.dtype
+            denoising = predict_denoising(self.config, shape, sampler, batch=batch, dtype=dtype, kernels=kernels)
+            if self.cache is not None:
+                denoising += predict_cache(self.config, self.cache, shape, sampler, batch=batch, dtype=dtype)
+            decoding = predict_decoding(self.config, self.autoencoder, shape, self.device) if decodes else 0
+            self._needs[asked] = {"denoising": denoising, "decoding": decoding}
         there = free_memory(self.device)
         ways = {
             "denoising": "guidance=two_passes, fewer videos at once, another cache or none",
             "decoding": "smaller tiles (tile=)",
         }
-        for what, bytes_ in needs.items():
+        for what, bytes_ in self._needs[asked].items():
             if bytes_ > there:
                 raise UserError(
                     f"frames={shape.frames} height={shape.height} width={shape.width}: {what} {batch} such videos "

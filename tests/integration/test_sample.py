@@ -194,6 +194,23 @@ def test_a_precision_that_does_not_exist_is_refused() -> None:
         LinGenPipeline.from_pretrained("/nowhere", device=torch.device("cpu"))  # the device is one
 
 
+def test_what_fits_is_worked_out_once_a_size(pipeline: LinGenPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def predict(config: Any, shape: Any, sampler: Any, **how: Any) -> int:
+        asked.append(shape.frames)
+        return 10**15 if shape.frames == 17 else 1
+
+    monkeypatch.setattr("lingen.pipeline.predict_denoising", predict)
+    small = {"height": 48, "width": 32, "num_inference_steps": 1, "progress": False}
+    for frames in (1, 9, 1, 9):
+        pipeline("a", num_frames=frames, **small)  # type: ignore[arg-type]
+    assert asked == [1, 9]
+    for _ in range(2):
+        with pytest.raises(UserError, match="denoising 1 such videos"):
+            pipeline("a", num_frames=17, **small)  # type: ignore[arg-type]
+
+
 def test_a_refused_move_moves_nothing(pipeline: LinGenPipeline) -> None:
     with pytest.raises(UserError, match="dtype=fp16 is none of fp32, bf16"):
         pipeline.to("cpu", "fp16")  # type: ignore[arg-type]

@@ -314,6 +314,9 @@ def test_a_cache_is_named_by_a_file_its_keys_or_itself(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("policy: fixed\nperiod: 4\n")
     assert read_cache(path) == read_cache(str(path)) == read_cache("{policy: fixed, period: 4}")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"mine\.yaml is no text"):
+        read_cache(path)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "conf" / "cache").glob("*.yaml")), ids=str)
