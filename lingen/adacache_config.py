@@ -135,7 +135,7 @@ def codebook_of(given: Codebook | Mapping[float, int] | Sequence[Any]) -> Codebo
     except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise UserError(f"codebook={given!r} cannot be read; {form}") from error
     problem = book.problem()
-    if problem or (tuple(found), last) != book:
+    if problem or [tuple(found), last] != list(book):
         raise UserError(f"codebook={given!r}: {problem or 'a rate is a whole number of calls'}")
     return book
 
