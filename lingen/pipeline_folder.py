@@ -36,7 +36,7 @@ class Contents(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     autoencoder: Name | None  # None: where config.yaml says; so are the text encoders that are not named
     text_encoders: dict[str, Name]
-    files: dict[Name, int]  # bytes
+    files: dict[Name, int]  # bytes; the page is not among them
 
 
 def save(
@@ -60,7 +60,8 @@ def save(
         autoencoder = _copy_autoencoder(config.autoencoder, aside) if copy else None
         text = {name: _copy_encoder(name, config, aside) for name in config.text.encoders if copy}
         files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-        sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in files}
+        kept = [path for path in files if path != aside / CARD]  # the page is for its maker to complete
+        sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in kept}
         contents = Contents(autoencoder=autoencoder, text_encoders=text, files=sizes)
         (aside / CONTENTS).write_text(contents.model_dump_json(indent=1))
         for path in (*files, aside / CONTENTS, *(path for path in aside.rglob("*") if path.is_dir()), aside):

@@ -174,6 +174,7 @@ def test_a_cache_is_turned_on_and_off(pipe: LinGenPipeline) -> None:
 def test_a_saved_pipeline_can_be_moved(pipe: LinGenPipeline, tmp_path: Path, world: Any) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     moved = (tmp_path / "saved").rename(tmp_path / "moved")
+    (moved / "README.md").open("a").write("It may be used for anything.")
     assert {path.name for path in tmp_path.iterdir()} == {"moved"}
     there = LinGenPipeline.from_pretrained(moved)
     for path in (there.config.autoencoder.path, there.config.text.encoders["minilm"].path):
