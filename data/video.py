@@ -8,6 +8,7 @@ Shapes: F frames, H height, W width.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import struct
@@ -132,12 +133,13 @@ class Video:
         """From the key frame before each run; where seeking misses it, from the one before that, or all that is left
         from the start."""
         done, reformatter = 0, VideoReformatter()  # keeps its tables from frame to frame
+        matrices: dict[int, bytes | None] = {}
         while done < len(indices):
             key, end = self._run(indices, done)
             for start in [*(at for at in (key, key - 1) if at >= 0), None]:
                 run = indices[done : end if start is not None else len(indices)]
                 for frame, times in _ahead(self._decode_from(start, run)):
-                    piece = _upright(frame, self.aspect, reformatter)
+                    piece = _upright(frame, self.aspect, reformatter, _matrix(frame, matrices))
                     for _ in range(times):
                         done += 1
                         yield piece
@@ -196,7 +198,9 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
         except Exception as error:
             made.put(error)
 
-    thread = Thread(target=make)
+    thread = Thread(
+        target=make, daemon=True
+    )  # who is never closed, for a traceback holds it, does not keep Python from ending
     thread.start()
     try:
         for _ in range(AHEAD):
@@ -220,7 +224,18 @@ def _decode(container: Any, stream: Any, needed: set[int]) -> Iterator[av.VideoF
         yield from packet.decode()
 
 
-def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter) -> Piece:
+def _matrix(frame: av.VideoFrame, known: dict[int, bytes | None]) -> bytes | None:
+    """How it is to be turned or mirrored, if at all. ``known`` has the matrices of the video's frames by rotation.
+
+    A frame that is asked for it refers to itself then, and stays until garbage is collected: so one is asked for all.
+    """
+    if frame.rotation not in known:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+        known[frame.rotation] = None if matrix is None else bytes(matrix)
+    return known[frame.rotation]
+
+
+def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter, matrix: bytes | None) -> Piece:
     """(1, H, W, 3) as it is to be shown, and its pixels' aspect.
 
     An interlaced frame holds two moments; the lines of the second are replaced by those of the first.
@@ -228,10 +243,9 @@ def _upright(frame: av.VideoFrame, aspect: float, reformatter: VideoReformatter)
     pixels: Frames = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray().astype(np.uint8, copy=False)
     if frame.interlaced_frame:
         pixels[1::2] = pixels[0 : len(pixels) // 2 * 2 : 2]
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return Piece(pixels[None], aspect)
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))  # x' = ax + cy, y' = bx + dy
+    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)  # x' = ax + cy, y' = bx + dy
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Piece(pixels[None, :: -1 if d < 0 else 1, :: -1 if a < 0 else 1], aspect)
     return Piece(pixels.transpose(1, 0, 2)[None, :: -1 if b < 0 else 1, :: -1 if c < 0 else 1], 1 / aspect)
@@ -296,6 +310,7 @@ def open_video(media: bytes) -> Iterator[Video]:
             name == "avi",
             plain and _suits_decord(media, name, codec),
         )
+    gc.collect(0)  # the frame that ``_matrix`` asked
 
 
 def _pixel_aspect(ratio: Fraction | None) -> float:

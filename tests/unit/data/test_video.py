@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from data.decode import BadSample, decode_clip, probe
-from data.video import CHUNK_BYTES, Frames, _decode, open_media, open_video
+from data.video import CHUNK_BYTES, Frames, open_media, open_video
 
 X264 = "log-level=none:threads=1:mbtree=0"  # the same file each time
 H264 = {"crf": "10", "x264-params": f"bframes=2:keyint=8:{X264}"}
@@ -285,32 +284,6 @@ def test_pictures_are_held_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
             sizes = [len(piece.frames) for piece in video.frames(list(range(12)), decoder)]
         assert sizes == expected
     assert CHUNK_BYTES > 3840 * 2160 * 3
-
-
-def test_groups_between_two_frames_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[int] = []
-
-    def counted(*words: Any) -> Iterator[av.VideoFrame]:
-        for frame in _decode(*words):
-            decoded.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr("data.video._decode", counted)
-    media = encode(shape=(40, 64, 96), options={"crf": "10", "x264-params": f"keyint=4:bframes=0:{X264}"})
-    for picked, cost in (([1, 37], 4), ([1, 5], 6), ([1, 9, 10, 38], 2 + 3 + 3), ([39], 4)):
-        decoded.clear()
-        assert [number(picture) for picture in read(media, picked)] == picked
-        assert len(decoded) == cost
-
-
-def test_what_decodes_ahead_ends_with_its_user() -> None:
-    media, before = encode(), threading.active_count()
-    for _ in range(20):
-        with open_video(media) as video:
-            pieces = video.frames(list(range(24)))
-            next(pieces)
-            pieces.close()
-    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
