@@ -84,6 +84,7 @@ def sample(model: str, checkpoint: str, words: TrialWords, threads: int) -> Tria
     try:
         return run_model(model, checkpoint, words)
     except UserError as error:
+        print(f"stopped: {error}")  # the other model goes on, and main says it again
         return error
     finally:
         sys.stdout = sys.__stdout__

@@ -7,7 +7,7 @@ Shapes: B videos, F frames, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,11 @@ def sample_runs(
     batch: int = 1,
     truncate: bool = False,
     progress: bool = True,
+    told: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Sample ``asked`` by every variant into OUT/NAME, ``batch`` videos at once; videos that are there are kept.
-    Returns the folders. ``truncate`` lets the text encoders cut what is longer than they take.
+    Returns the folders. ``truncate`` lets the text encoders cut what is longer than they take; ``told`` hears after
+    each turn how many videos are done, of how many.
 
     Raises:
         UserError: a variant cannot be sampled; a folder holds another run, or cannot be written.
@@ -64,6 +66,8 @@ def sample_runs(
                     bar.update(task, description=f"sampling {name}")
                     _sample(pipeline, variant, caches[name], numbers, files[name], out / name)
                     bar.advance(task, len(numbers))
+            if told is not None:
+                told(int(bar.tasks[task].completed), int(bar.tasks[task].total or 0))
     return [out / variant.name for variant in variants]
 
 

@@ -36,7 +36,7 @@ class Variant(BaseModel):
     shift: PositiveFloat | None = None
     emulated_steps: PositiveInt | None = None
     guidance: Literal["batch", "two_passes"] | None = None
-    guidance_scale: float | None = Field(None, ge=1.0)
+    guidance_scale: Annotated[float, Field(ge=1.0)] | None = None
     negative_prompt: str | None = None
 
     def sampler(self) -> dict[str, Any]:

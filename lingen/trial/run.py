@@ -10,6 +10,7 @@ MODEL/index.html, quality.png, evaluate.json    as scripts/evaluate.py writes th
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,10 +198,16 @@ class Workshop:
     def _sample_runs(
         self, ways: Sequence[Variant], asked: Sequence[Asked], out: Path, batch: int | None = None
     ) -> list[Path]:
-        words = self.words
+        words, began = self.words, time.monotonic()
+
+        def told(done: int, total: int) -> None:
+            if 0 < done < total:
+                left = (time.monotonic() - began) * (total - done) / done
+                print(f"  {done} of {total} videos, {left / 3600:.2f} h left", flush=True)
+
         return sample_runs(
             self.pipeline, ways, asked, self.shape, out,
-            batch=batch or words.batch, truncate=words.truncate, progress=False,
+            batch=batch or words.batch, truncate=words.truncate, progress=False, told=told,
         )  # fmt: skip
 
     def scores(self, told: Told) -> Scores:
