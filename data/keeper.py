@@ -15,6 +15,7 @@ on, when the parent has threads of its own.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import multiprocessing
 import os
@@ -228,6 +229,7 @@ def _work(
     for end in keepers:
         end.close()
     torch.set_num_threads(1)
+    gc.freeze()  # what the parent had stays where it is, and shared
     process, maps, full = psutil.Process(), Maps(room), False
     before = _held(process)
     while not full:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import mmap
 import multiprocessing
 import os
 import signal
@@ -114,7 +115,9 @@ def test_a_worker_that_leaks_is_replaced(
     leaked = []
 
     def leak(key: str) -> None:
-        leaked.append(np.ones(40 << 20, np.uint8))
+        # Not from a heap, which may have room that this process inherited.
+        leaked.append(mmap.mmap(-1, 40 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        np.frombuffer(leaked[-1], np.uint8)[:] = 1
         (tmp_path / key).write_text(f"{os.getpid()} {len(leaked)}")
 
     break_decoder(monkeypatch, index, [key for batch, _ in reference for key in batch.keys], leak)
