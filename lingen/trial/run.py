@@ -78,10 +78,12 @@ class Workshop:
 
     def __init__(self, name: str, checkpoint: str, words: TrialWords) -> None:
         """Raises:
-        UserError: the checkpoint cannot be sampled from.
+        UserError: the checkpoint cannot be sampled from, or is of another model.
         """
         self.name, self.words, self.out = name, words, Path(words.out) / name
         self.pipeline = LinGenPipeline.from_pretrained(checkpoint, autoencoder=words.autoencoder)
+        if self.pipeline.config.model.name != name:
+            raise UserError(f"checkpoints.{name}={checkpoint} is a {self.pipeline.config.model.name}")
         self.shape = self.pipeline.shape(words.frames, words.height, words.width)
         self.asked = asked_for("synthetic", range(words.seed, words.seed + words.seeds), self.shape.frames)
         self.every = words.variants == "all"

@@ -16,7 +16,7 @@ from tests.integration.test_pipeline import export
 
 cache_trial = importlib.import_module("scripts.cache_trial")
 SMALL = [
-    "models=[dit]", "seeds=4", "batch=4", "steps=10", "reference_steps=12", "skips=[0.25,0.35]", "calibration_seeds=2",
+    "seeds=4", "batch=4", "steps=10", "reference_steps=12", "skips=[0.25,0.35]", "calibration_seeds=2",
     "rounds=4", "gate_seeds=2", "frames=9", "height=32", "width=32", "shown=1", "truncate=true",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ def test_the_trial_runs_goes_on_and_reports(
 ) -> None:
     out, docs = tmp_path / "trial", tmp_path / "cache.md"
     docs.write_text(f"# Caches\n\n{cache_trial.BEGIN}\nold\n{cache_trial.END}\nbehind\n")
-    words = [*SMALL, f"out={out}", f"checkpoints={{dit: {model}}}", f"docs={docs}"]
+    words = [*SMALL, "models=[dit]", f"out={out}", f"checkpoints={{dit: {model}}}", f"docs={docs}"]
     with pytest.raises(UserError, match=r"dit: .*attributes not clearly above chance on 2 videos"):
         cache_trial.main(words)
     words.append("need_trained=false")
@@ -85,3 +85,8 @@ def test_the_trial_runs_goes_on_and_reports(
 def test_wrong_words_are_said(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cache_trial.main(words)
+
+
+def test_a_checkpoint_of_the_other_model_is_said(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoints.lingen=.* is a dit"):
+        cache_trial.main([*SMALL, "models=[lingen]", f"checkpoints={{lingen: {model}}}", f"out={tmp_path}/trial"])
