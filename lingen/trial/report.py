@@ -197,6 +197,9 @@ def _target(read: Reading) -> list[str]:
         said.append(f"Of AdaCache's kind **{first}** saves most: {read.saving_text(first)}. {TARGET}x is {reached}.")
     else:
         said.append(f"Nothing of AdaCache's kind comes to {wanted:g} dB; {TARGET}x is not reached.")
+    for control in (FEWER, FIXED):
+        there = f"{read.saving_text(control)} times" if control in known else "nothing"
+        said.append(f"At the same PSNR the control **{control}** saves {there}.")
     return said
 
 

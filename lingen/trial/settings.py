@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 Model = Literal["dit", "lingen"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-SKIPS: dict[str, tuple[float, ...]] = {"core": (0.4, 0.55, 0.65), "all": (0.25, 0.4, 0.5, 0.6, 0.7)}
+SKIPS: dict[str, tuple[float, ...]] = {"core": (0.4, 0.6, 0.75), "all": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)}
 CALIBRATION_SEED, GATE_SEED = 1_000_000, 2_000_000  # where the seeds begin that nothing is judged on
 
 
