@@ -20,7 +20,7 @@ class TrialWords(BaseModel):
     out: str = "runs/cache_trial"
     experiment: str = "cache_trial"  # of the trainings
     overrides: str = ""  # more words for them and for the latents, as one text: overrides="seed=1 model.mate=..."
-    clips: PositiveInt = 4000  # of the rendered world that is trained on
+    clips: PositiveInt = 8000  # of the rendered world that is trained on
     images: PositiveInt = 6000
     models: Annotated[list[Model], Field(min_length=1)] = ["dit", "lingen"]
     checkpoints: dict[Model, str] = {}  # trained ones that are there; the models without one are trained
