@@ -6,6 +6,7 @@ A cache is named on a command line by a file of conf/cache (``cache=pab_slow``),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -129,7 +130,8 @@ class MagCacheConfig(Reusing):
     foresee, summed, is within the threshold."""
 
     policy: Literal["magcache"] = "magcache"
-    ratios: PathText  # a file that scripts/calibrate_cache.py wrote for this model and this number of calls
+    ratios: PathText  # a file that scripts/calibrate_cache.py wrote for this model and this number of calls; in a
+    # cache that is a file, relative to that file
     threshold: PositiveFloat = 0.24
     max_skips: PositiveInt = 5  # one behind the other
     retention: Share = 0.2  # of the calls: so many at the start are computed
@@ -195,7 +197,20 @@ def _read(word: str) -> Any:
         raise UserError(f"cache={word} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cache={word} is no text: {error}") from error
-    return _parse(word, text)
+    tree = _parse(word, text)
+    if isinstance(tree, dict) and isinstance(ratios := tree.get("ratios"), str):
+        tree["ratios"] = str(path.parent / Path(ratios).expanduser())
+    return tree
+
+
+def cache_yaml(cache: CacheConfig, folder: Path) -> str:
+    """A cache as a file in ``folder``: a line for each key that is not as it is by default, and its value in one piece.
+    What lies in the folder too is named relative to it, so that both can be moved together."""
+    tree = {"policy": cache.policy} | cache.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(cache, MagCacheConfig) and Path(cache.ratios).resolve().parent == folder.resolve():
+        tree["ratios"] = Path(cache.ratios).name
+    values = {key: yaml.safe_dump([value], default_flow_style=True, width=math.inf) for key, value in tree.items()}
+    return "".join(f"{key}: {value.strip()[1:-1]}\n" for key, value in values.items())
 
 
 def _parse(word: str, text: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 130  # as a shell says of what Ctrl-C ended
 
 
 class UserError(Exception):
@@ -31,17 +32,26 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's main. A ``UserError`` becomes one line on stderr and exit code 2; the line goes into the file that
-    LINGEN_REASON names too, where a job's script does so."""
+    LINGEN_REASON names too, where a job's script does so. Ctrl-C ends in one line too, and exit code 130."""
     try:
         code = main()
+    except KeyboardInterrupt:
+        if _speaks():
+            print("stopped", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
     except UserError as error:
         reason = " ".join(str(error).split())
         _leave_reason(reason)  # every rank, since the others may be killed before they come to it
-        rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else None)
-        if rank in (None, "0") or isinstance(error, LocalError):
+        if _speaks() or isinstance(error, LocalError):
             print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)
+
+
+def _speaks() -> bool:
+    """Whether this process is the only one, or rank 0, which speaks for all."""
+    rank = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if "SLURM_STEP_ID" in os.environ else None)
+    return rank in (None, "0")
 
 
 def _leave_reason(reason: str) -> None:

@@ -6,6 +6,7 @@ Shapes: B videos, F frames, H x W pixels; latents (B, C, T, h, w).
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -224,6 +225,9 @@ class LinGenPipeline:
         forward = forward_of(self.model) if run is None else run.forward
         latents = self.denoise(forward, prompts, negatives, noise, shape, sampler, callback_on_step_end, progress)
         self.cache_summary = None if run is None else run.summary()
+        if broken := [number for number, one in enumerate(latents) if not one.isfinite().all()]:
+            said = ", ".join(f"'{prompts[number][:40]}'" for number in broken)
+            warnings.warn(f"not all numbers are finite in the video of {said}: it will be broken", stacklevel=2)
         return VideoOutput(FORMATS[output_type](self.autoencoder, latents))
 
     def _cache_run(self, sampler: SamplerConfig) -> CacheRun | None:
@@ -275,8 +279,10 @@ class LinGenPipeline:
         Raises:
             UserError: there is none, not as many, or one is longer than an encoder takes.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if wrong := [text for text in (*prompts, *negatives) if not isinstance(text, str)]:
+            raise UserError(f"prompt: {wrong[0]!r} is no text")
         if not prompts:
             raise UserError("prompt: give one at least")
         if len(negatives) != len(prompts):

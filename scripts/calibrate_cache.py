@@ -10,16 +10,14 @@ a cache: ``python scripts/sample.py ... cache=FILE.yaml``. Judge it on other pro
 
 from __future__ import annotations
 
-import math
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lingen.cache_config import CacheConfig, read_cache
+from lingen.cache_config import cache_yaml, read_cache
 from lingen.compose import parse
 from lingen.errors import UserError, run_main
 from lingen.evaluation.settings import asked_for
@@ -60,13 +58,6 @@ class Words(BaseModel):
     def sampler(self) -> dict[str, Any]:
         """The keys of the sampler, those that are None too."""
         return self.model_dump(include={"steps", "solver", "schedule", "shift", "guidance", "guidance_scale"})
-
-
-def as_yaml(cache: CacheConfig) -> str:
-    """A cache as a file: a line for each key that is not as it is by default, and its value in one piece."""
-    tree = {"policy": cache.policy} | cache.model_dump(mode="json", exclude_defaults=True)
-    values = {key: yaml.safe_dump([value], default_flow_style=True, width=math.inf) for key, value in tree.items()}
-    return "".join(f"{key}: {value.strip()[1:-1]}\n" for key, value in values.items())
 
 
 def main() -> None:
@@ -116,7 +107,7 @@ def main() -> None:
         f"share of calls skipped, of the videos: least {each[0]:.1%}, middle {each[len(each) // 2]:.1%}, most "
         f"{each[-1]:.1%}",
     ]
-    text = "".join(f"# {line}\n" for line in lines) + as_yaml(found.cache)
+    text = "".join(f"# {line}\n" for line in lines) + cache_yaml(found.cache, out.parent)
     with writing(words.out):
         write_aside(out, text)
     for line in lines[-2:]:

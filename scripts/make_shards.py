@@ -18,9 +18,7 @@ import sys
 from data.collect.run import collect
 from data.collect.words import Words
 from lingen.compose import parse
-from lingen.errors import run_main
-
-STOPPED = 130  # as a shell says of what Ctrl-C ended
+from lingen.errors import EXIT_STOPPED, run_main
 
 
 def main(words: list[str]) -> int:
@@ -34,7 +32,7 @@ def main(words: list[str]) -> int:
         print(collect(parse(Words, words)))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return STOPPED
+        return EXIT_STOPPED
     return 0
 
 

@@ -15,10 +15,8 @@ import sys
 
 from lingen.compose import HELP, compose, parse
 from lingen.dist import find_place
-from lingen.errors import run_main
+from lingen.errors import EXIT_STOPPED, run_main
 from lingen.latents.make import Words, precompute
-
-STOPPED = 130  # as a shell says of what Ctrl-C ended
 
 
 def main(words: list[str]) -> int:
@@ -30,7 +28,7 @@ def main(words: list[str]) -> int:
         print(precompute(asked, config, find_place(os.environ)))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return STOPPED
+        return EXIT_STOPPED
     return 0
 
 

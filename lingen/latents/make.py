@@ -119,10 +119,7 @@ def _other(words: Words, config: Config, rank: int) -> None:
 
     os.environ["RANK"] = str(rank)  # for run_main: rank 0 says it for all
     threading.Thread(target=_end_with_the_first, daemon=True).start()
-    try:
-        run_main(work)
-    except KeyboardInterrupt:
-        return
+    run_main(work)
 
 
 def _end_with_the_first() -> None:

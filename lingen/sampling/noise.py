@@ -5,7 +5,8 @@ Shapes: B videos; latents (C, T, h, w).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import torch
 
@@ -19,7 +20,7 @@ def generators(count: int, given: Random | None, seeds: int | Sequence[int] | No
     """What the noise of each of ``count`` videos is drawn from: generators, or seeds, or seed 0.
 
     Raises:
-        UserError: both are given, or not as many as videos.
+        UserError: both are given, or not as many as videos; a seed is no whole number.
     """
     if given is not None and seeds is not None:
         raise UserError("generator and seeds both say where the noise comes from; give one of them")
@@ -28,9 +29,11 @@ def generators(count: int, given: Random | None, seeds: int | Sequence[int] | No
     if given is not None:
         many: Sequence[torch.Generator] = given
     else:
-        numbers = [seeds or 0] if seeds is None or isinstance(seeds, int) else list(seeds)
+        numbers = list(seeds) if isinstance(seeds, Iterable) else [seeds or 0]
         numbers = numbers * count if len(numbers) == 1 else numbers
-        many = [generator("cpu", "sample", seed) for seed in numbers]
+        if wrong := [seed for seed in numbers if not isinstance(seed, SupportsIndex)]:
+            raise UserError(f"seeds: {wrong[0]!r} is no whole number")
+        many = [generator("cpu", "sample", int(seed)) for seed in numbers]
     if len(many) != count:
         what = "seeds" if given is None else "generator"
         raise UserError(f"{what}: {len(many)} for {count} prompts; give one a prompt, or one for all")

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from lingen.cache_config import read_cache
-from lingen.calibration import Fitted, Ground, Told, fit
+from lingen.cache_config import cache_yaml, read_cache
+from lingen.calibration import Ground, Told, fit
 from lingen.errors import UserError
 from lingen.evaluation import page, plot, tables
 from lingen.evaluation.folder import Asked, read_run, read_runs
@@ -167,8 +166,7 @@ class Workshop:
         share = found.skipped.share
         comment = f"# Fitted to {self.name}: {one.skip:.1%} of the FLOPs wanted, {share:.1%} skipped on the seeds "
         comment += f"from {CALIBRATION_SEED} on, {words.calibration_seeds} of them.\n"
-        assert isinstance(found.cache, Fitted)
-        write_aside(path, comment + yaml.safe_dump(found.cache.model_dump(mode="json"), sort_keys=False))
+        write_aside(path, comment + cache_yaml(found.cache, path.parent))
         print(f"{one.name}: fitted, {share:.1%} skipped", flush=True)
 
     def _scale(self, ground: Ground, told: Told) -> float:
