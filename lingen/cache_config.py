@@ -198,7 +198,7 @@ def _read(word: str) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"cache={word} is no text: {error}") from error
     tree = _parse(word, text)
-    if isinstance(tree, dict) and isinstance(ratios := tree.get("ratios"), str):
+    if path.parent != folder and isinstance(tree, dict) and isinstance(ratios := tree.get("ratios"), str):
         tree["ratios"] = str(path.parent / Path(ratios).expanduser())
     return tree
 

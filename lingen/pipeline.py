@@ -219,7 +219,7 @@ class LinGenPipeline:
             raise UserError(f"output_type={output_type} is none of {', '.join(FORMATS)}")
         draws = generators(len(prompts), generator, seeds)
         run = self._cache_run(sampler)
-        self._refuse_too_large(shape, sampler, len(prompts), decodes=output_type != "latent")
+        self.refuse_too_large(shape, sampler, len(prompts), decodes=output_type != "latent")
         size = latent_shape(self.config, shape.frames, shape.height, shape.width)
         noise = draw_noise((self.config.autoencoder.channels, *size), draws)
         forward = forward_of(self.model) if run is None else run.forward
@@ -303,7 +303,7 @@ class LinGenPipeline:
                         f"{self.text.lengths[name]}; shorten it, or have it cut with truncate=true"
                     )
 
-    def _refuse_too_large(self, shape: BucketConfig, sampler: SamplerConfig, batch: int, *, decodes: bool) -> None:
+    def refuse_too_large(self, shape: BucketConfig, sampler: SamplerConfig, batch: int, *, decodes: bool) -> None:
         """Raises:
         UserError: the generation needs more memory than is free on the device.
         """

@@ -40,6 +40,7 @@ class Words(BaseModel):
     seeds: PositiveInt = 8  # so many, from ``seed``
     seed: NonNegativeInt = 1_000_000  # far from those that anybody evaluates with
     batch: PositiveInt = 1  # videos sampled together
+    truncate: bool = False  # let the text encoders cut prompts that are longer than they take
     steps: PositiveInt | None = None
     solver: Literal["euler", "heun", "ab2"] | None = None
     schedule: Literal["shifted", "linear_quadratic"] | None = None
@@ -83,8 +84,10 @@ def main() -> None:
     shape = pipeline.shape(words.frames, words.height, words.width)
     asked = asked_for(words.prompts, range(words.seed, words.seed + words.seeds), shape.frames)
     prompts, seeds = [one.prompt for one in asked], [one.seed for one in asked]
-    pipeline.refuse_long(prompts)
-    ground = Ground(pipeline, pipeline.sampler(**words.sampler()), shape, prompts, seeds, words.batch)
+    pipeline.refuse_long(() if words.truncate else prompts)
+    sampler = pipeline.sampler(**words.sampler())
+    pipeline.refuse_too_large(shape, sampler, words.batch, decodes=False)
+    ground = Ground(pipeline, sampler, shape, prompts, seeds, words.batch)
     with Progress(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("measuring")
 

@@ -45,7 +45,7 @@ def main(given: list[str]) -> None:
     runs = read_runs(words.runs, words.labels)
     if words.show and not Path(words.out).exists():
         raise UserError(f"out={words.out} does not exist; there are no votes to show")
-    votes = VoteFile(Path(words.out), runs, seed=words.seed)
+    votes = VoteFile(Path(words.out), runs, seed=words.seed, shown=words.show)
     if not words.show:
         server = VoteServer(pairs(runs, words.seed), votes, port=words.port, question=words.question)
         for ending in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first

@@ -73,15 +73,23 @@ def pairs(runs: Sequence[SampledRun], seed: int) -> list[Pair]:
 class VoteFile:
     """The votes so far; each new one is on the disk before ``add`` returns."""
 
-    def __init__(self, path: Path, runs: Sequence[SampledRun], *, seed: int) -> None:
-        """Raises:
-        UserError: the file is of other runs or another seed, a line is no vote, it cannot be written, or another
-            process has it.
+    def __init__(self, path: Path, runs: Sequence[SampledRun], *, seed: int, shown: bool = False) -> None:
+        """
+        Args:
+            shown: only looked at, also while others vote.
+
+        Raises:
+            UserError: the file is of other runs or another seed, a line is no vote, it cannot be written, or another
+                process has it.
         """
         self.path, self._lock = path, threading.Lock()
         self._sides = {pair.video: (pair.left.name, pair.right.name) for pair in pairs(runs, seed)}
         self._asked = runs[0].file.videos
         self.votes: dict[tuple[str, int], Vote] = {}
+        if shown:
+            with path.open("rb", buffering=0) as self._stream:
+                self._read(mend=False)
+            return
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             existed = path.exists()
@@ -92,14 +100,15 @@ class VoteFile:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"out={path} is open in another vote.py; end that one first") from error
-        self._read()
+        self._read(mend=True)
 
-    def _read(self) -> None:
+    def _read(self, *, mend: bool) -> None:
         self._stream.seek(0)
         lines = self._stream.read().splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
-            if number == len(lines) and not line.endswith(b"\n"):  # cut short as it was written
-                self._stream.truncate(sum(map(len, lines[:-1])))
+            if number == len(lines) and not line.endswith(b"\n"):  # cut short, or not yet written whole
+                if mend:
+                    self._stream.truncate(sum(map(len, lines[:-1])))
                 break
             try:
                 self._take(Vote.model_validate_json(line))

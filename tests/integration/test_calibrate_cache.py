@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import lingen.pipeline
 import scripts.calibrate_cache
 from lingen.adacache_config import AdaCacheConfig, GuardsConfig
 from lingen.cache_config import read_cache
@@ -98,6 +99,15 @@ def test_what_cannot_be_fitted_is_said(
     with pytest.raises(UserError, match=re.escape(message)):
         calibrate(monkeypatch, *(f"{key}={value}" for key, value in asked.items()))
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(
+    exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lingen.pipeline, "free_memory", lambda device: 10_000)
+    with pytest.raises(UserError, match=r"denoising 8 such videos needs .* GB"):
+        words = [f"checkpoint={exports['dit']}", f"out={tmp_path / 'mine.yaml'}", "batch=8", "truncate=true"]
+        calibrate(monkeypatch, *words, *GROUND)
 
 
 def test_a_file_that_is_there_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,8 +234,11 @@ def test_showing_needs_votes(runs: list[SampledRun], tmp_path: Path, capsys: pyt
         vote.main(words)
     file = VoteFile(tmp_path / "votes", runs, seed=0)
     file.add("anna", 1, "left", 1.0)
+    with (tmp_path / "votes").open("ab") as stream:
+        stream.write(b'{"voter": "ber')  # somebody's, as it is being written
+    size = (tmp_path / "votes").stat().st_size
+    vote.main(words)  # while the others go on
+    assert "1 votes of 1 voters" in capsys.readouterr().out and (tmp_path / "votes").stat().st_size == size
     file.close()
-    vote.main(words)
-    assert "1 votes of 1 voters" in capsys.readouterr().out
     with pytest.raises(UserError, match="runs"):
         vote.main([f"runs=[{runs[0].path}]", f"out={tmp_path / 'votes'}"])
