@@ -132,7 +132,7 @@ class Workshop:
         whole = words.seeds * gate.seconds
         found = {way.variant.name: whole * way.share for way in ways}
         found |= {one.name: whole * (1 - one.skip) for one in wanted}
-        copies = 4 if self.every else 1  # shuffled; commonest, extrapolated, reference mode
+        copies = 4 if self.every else 2  # extrapolated, shuffled; commonest, reference mode
         found["AdaCache's controls"] = copies * whole * sum(1 - skip for skip in words.shares)
         trials = sum(1 + words.rounds / 2 * (1 - one.skip) for one in wanted)  # half of the trials, as a rule
         found["calibrations"] = trials * words.calibration_seeds * gate.seconds
@@ -277,8 +277,8 @@ def with_fitted(ways: Sequence[Way], caches: dict[str, dict[str, Any]], words: T
             cache = caches[one.name]
             variant = Variant(name=one.name, curve=one.curve, cache=cache, steps=words.steps)
             found.append(Way(variant, 1 - one.skip))
-            if one.curve == ADACACHE and every:
-                found += variants.derived(one.name, one.skip, cache, words.steps)
+            if one.curve == ADACACHE:
+                found += variants.derived(one.name, one.skip, cache, words.steps, every=every)
     return found
 
 

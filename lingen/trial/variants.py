@@ -81,23 +81,21 @@ def given(steps: int, reference_steps: int, skips: Sequence[float], cached_share
         ]  # fmt: skip
     ways += [
         way("pab-slow", "PAB", 0.9, "pab_slow"),
+        way("pab-357", "PAB", 0.87, {"policy": "pab", "spatial": 3, "temporal": 5, "cross": 7}),
         way("pab-fast", "PAB", 0.85, "pab_fast"),
+        way("pab-wide", "PAB", 0.7, {"policy": "pab", "spatial": 2, "temporal": 4, "cross": 6, "window": [0.05, 0.98]}),
+        way("tgate-70", "T-GATE", 0.92, {"policy": "tgate", "gate": 0.7}),
         way("tgate-40", "T-GATE", 0.85, "tgate"),
+        way("tgate-20", "T-GATE", 0.8, {"policy": "tgate", "gate": 0.2}),
         way("delta-dit-2", "Delta-DiT", 0.75, "delta_dit"),
+        way("delta-dit-3", "Delta-DiT", 0.67, {"policy": "delta_dit", "period": 3}),
+        way("delta-dit-4-75", "Delta-DiT", 0.45, {"policy": "delta_dit", "period": 4, "blocks": 0.75}),
         way("published-fast", PUBLISHED, 0.6, "adacache_fast"),
         way("published-slow", PUBLISHED, 0.7, "adacache_slow"),
     ]
     if every:
         ways += [
-            way("pab-357", "PAB", 0.87, {"policy": "pab", "spatial": 3, "temporal": 5, "cross": 7}),
-            way("pab-wide", "PAB", 0.7,
-                {"policy": "pab", "spatial": 2, "temporal": 4, "cross": 6, "window": [0.05, 0.98]}),
-            way("tgate-20", "T-GATE", 0.87, {"policy": "tgate", "gate": 0.2}),
-            way("tgate-70", "T-GATE", 0.8, {"policy": "tgate", "gate": 0.7}),
-            way("delta-dit-3", "Delta-DiT", 0.67, {"policy": "delta_dit", "period": 3}),
-            way("delta-dit-4-75", "Delta-DiT", 0.45, {"policy": "delta_dit", "period": 4, "blocks": 0.75}),
-            way("published-fast-moreg", PUBLISHED, 0.7,
-                published("adacache_fast", moreg=moreg(steps))),
+            way("published-fast-moreg", PUBLISHED, 0.7, published("adacache_fast", moreg=moreg(steps))),
             way("code-fast", PUBLISHED_CODE, 0.6, published("adacache_fast", mode="reference"), True),
             way("code-slow", PUBLISHED_CODE, 0.7, published("adacache_slow", mode="reference"), True),
             way("code-fast-moreg", PUBLISHED_CODE, 0.7,
@@ -127,14 +125,15 @@ def fitted(steps: int, skips: Sequence[float], scale: float, *, every: bool) -> 
     return [Wanted(f"{name}-{round(100 * skip)}", curve, cache, skip) for name, curve, cache in kinds for skip in skips]
 
 
-def derived(name: str, skip: float, cache: dict[str, Any], steps: int) -> list[Way]:
+def derived(name: str, skip: float, cache: dict[str, Any], steps: int, *, every: bool) -> list[Way]:
     """From a fitted AdaCache the same with what it stores extrapolated, and as the published code would run it."""
     suffix, share = name.removeprefix("adacache"), 1 - skip
     taylor, code = cache | {"reuse": "taylor"}, cache | {"mode": "reference"}
-    return [
-        Way(Variant(name=f"adacache-taylor{suffix}", curve=ADA_TAYLOR, cache=taylor, steps=steps), share),
-        Way(Variant(name=f"adacache-code{suffix}", curve=REFERENCE_MODE, cache=code, steps=steps), share, alone=True),
-    ]
+    made = [Way(Variant(name=f"adacache-taylor{suffix}", curve=ADA_TAYLOR, cache=taylor, steps=steps), share)]
+    if every:
+        variant = Variant(name=f"adacache-code{suffix}", curve=REFERENCE_MODE, cache=code, steps=steps)
+        made.append(Way(variant, share, alone=True))
+    return made
 
 
 def controls(name: str, schedules: Sequence[str], steps: int, *, every: bool) -> list[Variant]:
