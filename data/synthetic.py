@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,9 +62,13 @@ BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "gradient": ("", " on a smooth gradient"),
     "textured": ("", " on a textured background"),
 }
+SHARES = {"plain": 0.25, "gradient": 0.25, "textured": 0.5}  # of the clips
 SUBJECTS = ("a {}", "one {}", "the {}", "a video of a {}")
 STILL_SUBJECTS = ("a {}", "one {}", "the {}", "a picture of a {}")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # (x, y), y downwards
+
+
+Backgrounds = Annotated[list[Literal["plain", "gradient", "textured"]], Field(min_length=1)]
 
 
 class Scene(NamedTuple):
@@ -91,13 +96,17 @@ def parse_caption(caption: str) -> Scene:
     return Scene(named({c: (c,) for c in COLORS}), named({s: (s,) for s in SHAPES}), motion, camera)
 
 
-def render_clip(seed: int, number: int, *, frames: int, size: int) -> tuple[Pixels, str]:
-    """Clip ``number`` of the world ``seed``: (F, S, S, 3) uint8 and its caption. One frame makes a picture."""
+def render_clip(
+    seed: int, number: int, *, frames: int, size: int, backgrounds: Sequence[str] = tuple(BACKGROUNDS)
+) -> tuple[Pixels, str]:
+    """Clip ``number`` of the world ``seed``: (F, S, S, 3) uint8 and its caption. One frame makes a picture. Only
+    textured ``backgrounds`` show how the camera moves."""
     rng = np.random.default_rng((seed, number, frames))
     colour, shape = str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))
     motions = [motion for motion in MOTIONS if (shape, motion) != ("circle", "spinning")]  # a circle spins unseen
     motion = str(rng.choice(motions)) if frames > 1 else None
-    background = str(rng.choice(list(BACKGROUNDS), p=(0.25, 0.25, 0.5)))
+    shares = np.array([SHARES[kind] for kind in backgrounds])
+    background = str(rng.choice(list(backgrounds), p=shares / shares.sum()))
     moves = background == "textured" and motion is not None  # elsewhere a camera's move would not be seen
     camera = str(rng.choice(list(CAMERAS), p=(0.4, 0.2, 0.2, 0.2))) if moves else "static"
     caption = _describe(rng, Scene(colour, shape, motion, camera), background)
@@ -179,7 +188,16 @@ def _outline(shape: str, angle: Floats) -> Floats:
 
 
 def write_world(
-    out: str | Path, *, clips: int, images: int, size: int, frames: int, fps: float, seed: int, workers: int = 1
+    out: str | Path,
+    *,
+    clips: int,
+    images: int,
+    size: int,
+    frames: int,
+    fps: float,
+    seed: int,
+    backgrounds: Sequence[str] = tuple(BACKGROUNDS),
+    workers: int = 1,
 ) -> None:
     """Write clip-00000.mp4 ..., image-00000.png ..., each with a .txt beside it. Equal arguments give equal pixels.
 
@@ -196,8 +214,8 @@ def write_world(
         with tempfile.TemporaryDirectory(prefix=".rendering-", dir=folder.parent) as beside:
             aside = Path(beside) / "world"
             aside.mkdir()
-            jobs = [_Job(aside, seed, number, frames, size, fps) for number in range(clips)]
-            jobs += [_Job(aside, seed, number, 1, size, fps) for number in range(images)]
+            jobs = [_Job(aside, seed, number, frames, size, fps, backgrounds) for number in range(clips)]
+            jobs += [_Job(aside, seed, number, 1, size, fps, backgrounds) for number in range(images)]
             with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 for _ in track(pool.imap_unordered(_write_one, jobs, chunksize=8), "rendering", total=len(jobs)):
                     pass
@@ -213,10 +231,11 @@ class _Job(NamedTuple):
     frames: int
     size: int
     fps: float
+    backgrounds: Sequence[str]
 
 
 def _write_one(job: _Job) -> None:
-    pixels, caption = render_clip(job.seed, job.number, frames=job.frames, size=job.size)
+    pixels, caption = render_clip(job.seed, job.number, frames=job.frames, size=job.size, backgrounds=job.backgrounds)
     name = f"{'clip' if job.frames > 1 else 'image'}-{job.number:05d}"
     if job.frames > 1:
         (job.folder / f"{name}.mp4").write_bytes(encode_mp4(pixels, job.fps))
@@ -234,6 +253,7 @@ class _Words(BaseModel):
     frames: int = Field(17, ge=2)  # of a clip; an image has one
     fps: float = Field(8.0, ge=0.1, le=1000)
     seed: NonNegativeInt = 0
+    backgrounds: Backgrounds = ["plain", "gradient", "textured"]
     workers: PositiveInt = os.cpu_count() or 1
 
     @model_validator(mode="after")

@@ -43,8 +43,8 @@ def prepare(words: TrialWords, out: Path) -> None:
     )
     if not (shards / "index.json").exists():
         if not clips.exists():
-            world = (f"clips={words.clips}", f"images={words.images}", "size=64", "frames=33", "fps=8")
-            run("-m", "data.synthetic", f"out={clips}", *world)
+            world = (f"clips={words.clips}", f"images={words.images}", f"backgrounds=[{','.join(words.backgrounds)}]")
+            run("-m", "data.synthetic", f"out={clips}", *world, "size=64", "frames=17", "fps=8")
         shutil.rmtree(shards, ignore_errors=True)  # without an index: a trial that was stopped here
         run("scripts/make_shards.py", f"input={clips}", f"output={shards}")
     if not autoencoder.exists():

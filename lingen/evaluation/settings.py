@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from data.synthetic import render_clip
+from data.synthetic import BACKGROUNDS, render_clip
 from lingen.autoencoder_config import TileConfig
 from lingen.errors import UserError
 from lingen.evaluation.folder import NAME, Asked
@@ -102,15 +102,17 @@ class EvaluateWords(BaseModel):
         return asked_for(self.prompts or "", range(self.seed, self.seed + self.seeds), frames)
 
 
-def asked_for(prompts: str, seeds: Sequence[int], frames: int) -> list[Asked]:
+def asked_for(
+    prompts: str, seeds: Sequence[int], frames: int, backgrounds: Sequence[str] = tuple(BACKGROUNDS)
+) -> list[Asked]:
     """The videos to sample, of so many frames: the prompts of a text file, one a line, each with every seed; or, where
-    ``prompts`` is "synthetic", captions of the rendered world, each seed with one of its own.
+    ``prompts`` is "synthetic", captions of the rendered world with these ``backgrounds``, one for each seed.
 
     Raises:
         UserError: the file cannot be read, or there is nothing in it.
     """
     if prompts == "synthetic":
-        captions = [render_clip(WORLD, seed, frames=frames, size=8)[1] for seed in seeds]
+        captions = [render_clip(WORLD, seed, frames=frames, size=8, backgrounds=backgrounds)[1] for seed in seeds]
         return [Asked(prompt=caption, seed=seed) for caption, seed in zip(captions, seeds, strict=True)]
     try:
         lines = Path(prompts).expanduser().read_text(encoding="utf-8-sig").splitlines()

@@ -84,13 +84,17 @@ class Workshop:
         if self.pipeline.config.model.name != name:
             raise UserError(f"checkpoints.{name}={checkpoint} is a {self.pipeline.config.model.name}")
         self.shape = self.pipeline.shape(words.frames, words.height, words.width)
-        self.asked = asked_for("synthetic", range(words.seed, words.seed + words.seeds), self.shape.frames)
+        self.asked = self.asked_of(words.seed, words.seeds)
         self.every = words.variants == "all"
         make_folder(self.out, words.out)
 
+    def asked_of(self, first: int, count: int) -> list[Asked]:
+        """A caption of the world for each seed."""
+        return asked_for("synthetic", range(first, first + count), self.shape.frames, self.words.backgrounds)
+
     def ground(self, first: int, count: int) -> Ground:
         """Generations of ``count`` seeds."""
-        asked, words = asked_for("synthetic", range(first, first + count), self.shape.frames), self.words
+        asked, words = self.asked_of(first, count), self.words
         sampler = self.pipeline.sampler(steps=words.steps)
         prompts, seeds = [one.prompt for one in asked], [one.seed for one in asked]
         return Ground(self.pipeline, sampler, self.shape, prompts, seeds, words.batch)
@@ -98,7 +102,7 @@ class Workshop:
     def gate(self) -> Gate:
         """Sample uncached videos of seeds of their own, and look at them."""
         words = self.words
-        asked = asked_for("synthetic", range(GATE_SEED, GATE_SEED + words.gate_seeds), self.shape.frames)
+        asked = self.asked_of(GATE_SEED, words.gate_seeds)
         uncached = [Variant(name=UNCACHED, steps=words.steps)]
         (folder,) = self._sample_runs(uncached, asked, self.out / "gate")
         run, captions = read_run(folder), [one.prompt for one in asked]

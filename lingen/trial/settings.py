@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from data.synthetic import Backgrounds
+
 Model = Literal["dit", "lingen"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 SKIPS: dict[str, tuple[float, ...]] = {"core": (0.4, 0.6, 0.75), "all": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)}
@@ -22,6 +24,7 @@ class TrialWords(BaseModel):
     overrides: str = ""  # more words for them and for the latents, as one text: overrides="seed=1 model.mate=..."
     clips: PositiveInt = 8000  # of the rendered world that is trained on
     images: PositiveInt = 6000
+    backgrounds: Backgrounds = ["plain", "gradient"]  # in it; textured ones take a small model long to learn
     models: Annotated[list[Model], Field(min_length=1)] = ["dit", "lingen"]
     checkpoints: dict[Model, str] = {}  # trained ones that are there; the models without one are trained
     autoencoder: str | None = None  # of those, where it is no longer where they were trained
