@@ -62,6 +62,16 @@ def test_a_video_depends_on_its_seed_and_prompt_alone(pipeline: LinGenPipeline) 
     assert not torch.equal(both[0], both[2])
 
 
+def test_a_video_that_is_not_finite_is_said(pipeline: LinGenPipeline) -> None:
+    def spoil(pipe: LinGenPipeline, step: int, sigma: float, tensors: Any) -> Any:
+        tensors["latents"][1] = float("nan")
+
+    shape = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 2, "progress": False}
+    with pytest.warns(UserWarning, match="not all numbers are finite in the video of 'b'"):
+        frames = pipeline(["a", "b"], seeds=[1, 2], callback_on_step_end=spoil, **shape).frames  # type: ignore[arg-type]
+    assert torch.equal(frames[0], pipeline(["a", "b"], seeds=[1, 2], **shape).frames[0])  # type: ignore[arg-type]
+
+
 def test_guidance_of_one_is_the_text_alone(pipeline: LinGenPipeline) -> None:
     shape = {"num_frames": 1, "height": 32, "width": 32, "num_inference_steps": 2, "progress": False}
     plain = pipeline(["a red circle"], guidance_scale=1.0, negative_prompt="a blue star", **shape).frames  # type: ignore[arg-type]
