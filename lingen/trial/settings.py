@@ -34,7 +34,7 @@ class TrialWords(BaseModel):
     seeds: Annotated[int, Field(ge=2)] = 256  # each a caption and a noise of its own, from ``seed`` on
     seed: NonNegativeInt = 0
     steps: Annotated[int, Field(ge=6)] = 30
-    reference_steps: PositiveInt = 120
+    reference_steps: PositiveInt = 60
     batch: PositiveInt = 16
     frames: PositiveInt | None = None
     height: PositiveInt | None = None

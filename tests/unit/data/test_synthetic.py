@@ -52,6 +52,14 @@ def test_captions_name_everything(world: list[tuple[np.ndarray, Scene]]) -> None
     assert picture.colour in COLORS and picture.shape in SHAPES and picture.motion is None and picture.camera is None
 
 
+def test_a_world_has_the_backgrounds_that_it_is_asked_for() -> None:
+    said = [render_clip(7, n, frames=9, size=16, backgrounds=["plain", "gradient"])[1] for n in range(60)]
+    assert any("on a smooth gradient" in one for one in said) and any("on a plain background" in one for one in said)
+    assert not any("textured" in one or "pans" in one or "zooms" in one for one in said)
+    with pytest.raises(UserError, match="backgrounds"):
+        main(["out=nowhere", "backgrounds=[striped]"])
+
+
 @pytest.mark.parametrize(
     ("caption", "scene"),
     [
