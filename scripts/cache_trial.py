@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lingen.compose import parse
+from lingen.compose import compose, parse
 from lingen.errors import UserError, run_main
 from lingen.files import write_file
 from lingen.output import make_folder, writing
@@ -41,6 +41,8 @@ def prepare(words: TrialWords, out: Path) -> None:
         out / "autoencoder.safetensors",
         out / "latents",
     )
+    experiment = (f"experiment={words.experiment}", *shlex.split(words.overrides), f"autoencoder.path={autoencoder}")
+    latent = compose(["name=trial", *experiment]).autoencoder
     if not (shards / "index.json").exists():
         if not clips.exists():
             world = (f"clips={words.clips}", f"images={words.images}", f"backgrounds=[{','.join(words.backgrounds)}]")
@@ -48,10 +50,10 @@ def prepare(words: TrialWords, out: Path) -> None:
         shutil.rmtree(shards, ignore_errors=True)  # without an index: a trial that was stopped here
         run("scripts/make_shards.py", f"input={clips}", f"output={shards}")
     if not autoencoder.exists():
-        run("scripts/fit_autoencoder.py", f"data={shards}", f"out={autoencoder}")
+        ratios = (f"channels={latent.channels}", f"time={latent.time}", f"space={latent.space}")
+        run("scripts/fit_autoencoder.py", f"data={shards}", f"out={autoencoder}", *ratios)
     if not (latents / "index.json").exists():
-        experiment = (f"experiment={words.experiment}", *shlex.split(words.overrides))
-        run("scripts/precompute.py", f"data={shards}", f"out={latents}", *experiment, f"autoencoder.path={autoencoder}")
+        run("scripts/precompute.py", f"data={shards}", f"out={latents}", *experiment)
 
 
 def trained(words: TrialWords, out: Path) -> dict[str, str]:

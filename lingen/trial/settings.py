@@ -10,7 +10,7 @@ from data.synthetic import Backgrounds
 
 Model = Literal["dit", "lingen"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-SKIPS: dict[str, tuple[float, ...]] = {"core": (0.4, 0.6, 0.75), "all": (0.25, 0.4, 0.5, 0.6, 0.7, 0.8)}
+SKIPS: dict[str, tuple[float, ...]] = {"core": (0.3, 0.5, 0.65, 0.8), "all": (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8)}
 CALIBRATION_SEED, GATE_SEED = 1_000_000, 2_000_000  # where the seeds begin that nothing is judged on
 
 
@@ -22,8 +22,8 @@ class TrialWords(BaseModel):
     out: str = "runs/cache_trial"
     experiment: str = "cache_trial"  # of the trainings
     overrides: str = ""  # more words for them and for the latents, as one text: overrides="seed=1 model.mate=..."
-    clips: PositiveInt = 8000  # of the rendered world that is trained on
-    images: PositiveInt = 6000
+    clips: PositiveInt = 16000  # of the rendered world that is trained on
+    images: PositiveInt = 8000
     backgrounds: Backgrounds = ["plain", "gradient"]  # in it; textured ones take a small model long to learn
     models: Annotated[list[Model], Field(min_length=1)] = ["dit", "lingen"]
     checkpoints: dict[Model, str] = {}  # trained ones that are there; the models without one are trained
@@ -35,7 +35,7 @@ class TrialWords(BaseModel):
     seed: NonNegativeInt = 0
     steps: Annotated[int, Field(ge=6)] = 30
     reference_steps: PositiveInt = 60
-    batch: PositiveInt = 16
+    batch: PositiveInt = 32
     frames: PositiveInt | None = None
     height: PositiveInt | None = None
     width: PositiveInt | None = None
