@@ -71,6 +71,7 @@ class CacheWords(BaseModel):
     tokens: PositiveInt = 1024
     frame: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) in tokens
     text_tokens: PositiveInt = 64
+    batch: PositiveInt = 1  # videos at once, each of its own noise
     steps: PositiveInt = 30
     guidance_scale: Annotated[float, Field(gt=1.0)] = 5.0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -87,7 +88,7 @@ class Trial:
     model: Backbone
     text: Text
     negative: Text
-    noise: Tensor  # (1, C, T', H', W')
+    noise: Tensor  # (B, C, T', H', W')
     sigmas: list[float]
     decode: Callable[[Tensor], Tensor] | None  # latents -> pixels in [-1, 1]; None: there is no autoencoder
 
@@ -141,10 +142,12 @@ def _untrained(words: CacheWords, device: torch.device, dtype: str) -> Trial:
     config = bench_config(words.model, words.size, f"engine.dtype={dtype}", f"{TEXT_LENGTH}={words.text_tokens}")
     subject = Subject(config, device, train=False)
     inputs = Inputs.draw(config, grid_of(words.tokens, words.frame), device)
-    text = (inputs.states, inputs.mask)
-    negative = ({name: torch.randn_like(states) for name, states in inputs.states.items()}, inputs.mask)
+    rows, mask = words.batch, inputs.mask.expand(words.batch, -1)
+    text = ({name: states.expand(rows, -1, -1) for name, states in inputs.states.items()}, mask)
+    negative = ({name: torch.randn_like(states) for name, states in text[0].items()}, mask)
+    noise = torch.randn(rows, *inputs.noise.shape[1:], device=device)
     sigmas = shifted(words.steps, bucket_shift(words.tokens, config.flow)).tolist()
-    return Trial(words.model, subject.model, text, negative, inputs.noise, sigmas, None)
+    return Trial(words.model, subject.model, text, negative, noise, sigmas, None)
 
 
 def _trained(words: CacheWords, device: torch.device, dtype: str) -> Trial:
@@ -154,8 +157,10 @@ def _trained(words: CacheWords, device: torch.device, dtype: str) -> Trial:
     grid = token_grid(config, shape.frames, shape.height, shape.width)
     shift = pipe.stage.timestep_shift or bucket_shift(math.prod(grid), config.flow)
     sides = (n * side for n, side in zip(grid, config.size.patch, strict=True))
-    noise = torch.randn(1, config.autoencoder.channels, *sides, generator=generator("cpu", "bench"))
-    text, negative = pipe.text.encode([words.prompt]), pipe.text.encode([config.sampler.negative_prompt])
+    noise = torch.randn(words.batch, config.autoencoder.channels, *sides, generator=generator("cpu", "bench"))
+    text, negative = (
+        pipe.text.encode([asked] * words.batch) for asked in (words.prompt, config.sampler.negative_prompt)
+    )
     sigmas = shifted(words.steps, shift).tolist()
     name = config.model.name
     return Trial(name, pipe.model, text, negative, noise.to(device), sigmas, pipe.autoencoder.decode)
@@ -196,7 +201,7 @@ def _generate(
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
 
     def step(name: str, call: Call, there: float) -> None:
-        sigma = torch.full((1,), call.sigma, device=weight.device)
+        sigma = torch.full((len(trial.noise),), call.sigma, device=weight.device)
         x[name] = x[name] + (there - call.sigma) * denoise[name](x[name], sigma, call)
 
     order = list(forwards)

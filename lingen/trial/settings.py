@@ -42,7 +42,7 @@ class TrialWords(BaseModel):
     truncate: bool = False  # let the text encoders cut captions that are longer than they take
     calibration_seeds: PositiveInt = 16
     rounds: PositiveInt = 8  # trials of a calibration
-    gate_seeds: Annotated[int, Field(ge=2)] = 128  # on which the attribute check is looked at before anything is sampled
+    gate_seeds: Annotated[int, Field(ge=2)] = 512  # whose attributes are looked at before anything is sampled
     need_trained: bool = True  # stop where the check is not clearly above chance
     threshold_db: PositiveFloat = 27.0  # of PSNR to the uncached videos: PAB-slow's published one
     shown: Annotated[int, Field(ge=0, le=50)] = 4  # videos on the page, of each run

@@ -16,9 +16,11 @@ from lingen.errors import UserError
 SMALL: dict[str, Any] = {"tokens": 64, "steps": 6, "rounds": 1, "text_tokens": 8}
 
 
-@pytest.mark.parametrize(("model", "policy"), [("dit", "fixed"), ("lingen", "pab_slow")])
-def test_a_cache_is_measured_beside_none(model: str, policy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    row = cache.run(CacheWords(model=model, policy=policy, **SMALL))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("model", "policy", "batch"), [("dit", "fixed", 1), ("lingen", "pab_slow", 3)])
+def test_a_cache_is_measured_beside_none(
+    model: str, policy: str, batch: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = cache.run(CacheWords(model=model, policy=policy, batch=batch, **SMALL))  # type: ignore[arg-type]
     assert json.loads(json.dumps(row, allow_nan=False)) == json.loads(json.dumps(row))
     assert (row["model"], row["policy"], row["tokens"]) == (model, policy, 64)
     assert 0.3 < row["executed_flops_ratio"] < 1 and 0.2 < row["wall_ratio"] < 1.2
