@@ -48,6 +48,7 @@ CRASHED = "decoder crashed"
 PR_SET_PDEATHSIG = 1
 PLACE = struct.Struct("q")
 FORK = multiprocessing.get_context("fork")
+CLOSED = (EOFError, BrokenPipeError, ConnectionResetError)  # the other end; any other error is said
 
 
 class WorkerError(Exception):
@@ -128,8 +129,8 @@ def _keep(connection: Connection, work: Work[J], limit: int, room: int, parent: 
             handle = recv_handle(connection)
             connection.send(_do(worker, job, places, part, handle))
             os.close(handle)
-    except (EOFError, OSError):
-        pass  # the parent closed its end, or is gone
+    except CLOSED:
+        pass  # by the parent, or with it: the way in which a keeper's life ends
     finally:
         worker.end()
 
@@ -236,7 +237,7 @@ def _work(
         try:
             (places, part), job = connection.recv(), connection.recv()
             pixels = maps.tensor(part, recv_handle(connection))
-        except (EOFError, OSError):
+        except CLOSED:
             return
         outcomes: dict[int, Outcome | Failure] = {}
         for n in places:

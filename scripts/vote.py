@@ -54,7 +54,7 @@ def main(given: list[str]) -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            pass
+            print()  # as was said, it ends the voting; behind the terminal's ^C
         finally:
             server.server_close()
     print(as_table(tally(votes.votes, [run.name for run in runs])).as_text())

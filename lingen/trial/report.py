@@ -64,6 +64,13 @@ def verdict(interval: Interval) -> str:
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "undecided"
 
 
+def judged(found: Sequence[Interval]) -> str:
+    """Differences in what is ``JUDGED``, in words."""
+    said = [f"{text(one, 2, sign=True, unit=' dB')}, {verdict(one)}" for one in found[:2]]
+    points = text(found[2], 1, scale=100, sign=True, unit=" points")
+    return f"PSNR {said[0]}; PSNR to {REFERENCE} {said[1]}; attributes {points}, {verdict(found[2])}."
+
+
 @dataclass(frozen=True)
 class Reading:
     """A trial, and what is read from it."""
@@ -235,12 +242,7 @@ def _adaptivity(read: Reading) -> list[str]:
             if name in read.runs:
                 found = [between(one, read.runs[name], key, read.draws) for key in JUDGED]
                 share = read.share(read.runs[name]) / read.share(one)
-                said.append(
-                    f"{one.run.name} against {whose} (at {share:.1%} of its FLOPs): PSNR "
-                    f"{text(found[0], 2, sign=True, unit=' dB')}, {verdict(found[0])}; PSNR to {REFERENCE} "
-                    f"{text(found[1], 2, sign=True, unit=' dB')}, {verdict(found[1])}; attributes "
-                    f"{text(found[2], 1, scale=100, sign=True, unit=' points')}, {verdict(found[2])}."
-                )
+                said.append(f"{one.run.name} against {whose} (at {share:.1%} of its FLOPs): {judged(found)}")
     return said
 
 
@@ -249,12 +251,7 @@ def _moreg(read: Reading) -> list[str]:
     for curve in (MOREG, MOREG_SCALED):
         for one in read.curves.get(curve, []):
             found = [read.better(one, ADACACHE, key) for key in JUDGED]
-            said.append(
-                f"{one.run.name} against AdaCache at equal FLOPs ({read.share(one):.0%}): PSNR "
-                f"{text(found[0], 2, sign=True, unit=' dB')}, {verdict(found[0])}; PSNR to {REFERENCE} "
-                f"{text(found[1], 2, sign=True, unit=' dB')}, {verdict(found[1])}; attributes "
-                f"{text(found[2], 1, scale=100, sign=True, unit=' points')}, {verdict(found[2])}."
-            )
+            said.append(f"{one.run.name} against AdaCache at equal FLOPs ({read.share(one):.0%}): {judged(found)}")
     return said
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from lingen.cache_config import read_cache
@@ -321,4 +322,4 @@ def test_a_cache_is_named_by_a_file_its_keys_or_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "conf" / "cache").glob("*.yaml")), ids=str)
 def test_every_named_cache_is_one(path: Path) -> None:
-    read_cache(path.stem)
+    assert read_cache(path.stem).policy == yaml.safe_load(path.read_text())["policy"]

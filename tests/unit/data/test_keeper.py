@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import mmap
@@ -140,6 +141,18 @@ def test_a_worker_that_is_killed_from_outside_is_replaced(
             worker.kill()
         done += [next(batches)]
     alike(done + list(batches), reference)
+
+
+def test_a_keeper_says_what_it_ended_of(
+    index: Index, data_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def none_left(_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("data.keeper.recv_handle", none_left)
+    with pytest.raises(WorkerError, match="keeps a data worker was killed"):
+        next(decode(index, data_config(workers=1), iter(make_jobs(index))))
+    assert "Too many open files" in capfd.readouterr().err
 
 
 def test_a_bug_and_a_wrong_setting_are_raised(
