@@ -198,9 +198,8 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
         except Exception as error:
             made.put(error)
 
-    thread = Thread(
-        target=make, daemon=True
-    )  # who is never closed, for a traceback holds it, does not keep Python from ending
+    # One that is never closed, since a traceback holds it, does not keep Python from ending.
+    thread = Thread(target=make, daemon=True)
     thread.start()
     try:
         for _ in range(AHEAD):

@@ -54,8 +54,8 @@ def announce(words: Sequence[str | Path]) -> list[str]:
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """This process's, with the repository on the path and, where it is given, so many threads for torch."""
-    return os.environ | {"PYTHONPATH": str(ROOT)} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    """This process's, with the repository on the path; and so many threads for torch, where nobody said how many."""
+    return ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def run(*words: str | Path) -> None:
